@@ -1,0 +1,219 @@
+"""Writes text with Medusa, profiled.
+
+    python generate.py                                        # the embedded story model, a fixed opening
+    python generate.py --compare --profile                    # plain decoding too: same tokens? faster? where is the time?
+    python generate.py --prompt "The little dog" --temperature 0.8 --seed 3
+    python generate.py --model DIR_OR_HUB_ID --heads DIR_OR_HUB_ID --prompt "Hello" --json
+
+steps counts decoding steps. The prefill emits the first token, so tokens_per_step = (new_tokens - 1) / steps, which is
+exactly 1 for plain decoding. seconds is prefill and decoding together, without loading and without printing.
+"""
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from llama import DTYPES, ArgumentParser, Llama, Tokenizer, UserError, command_line, locate
+from tinymedusa import MedusaHeads, Sampling, Stages, Tree, call, choice_margin, generate, published_tree, uniforms
+
+OPENING = "Once upon a time, there was a little girl named Lily who loved to play in the garden."
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None]:
+    """The heads of --heads, by default those in `medusa/` inside the model's folder, and their tree."""
+    if args.heads == "none":
+        return None, None
+    folder = args.heads
+    if folder is None:
+        config = locate(args.model, "medusa/config.json", args.revision, required=False)
+        if config is None:
+            return None, None
+        for name in ("medusa/model.safetensors", "medusa/tree.json"):      # from a hub: fetched beside the config
+            locate(args.model, name, args.revision, required=False)
+        folder = config.parent
+    heads = MedusaHeads.from_pretrained(folder, model)
+    paths = read_tree(args.tree) if args.tree else None
+    if paths is None and (tuned := locate(folder, "tree.json", required=False)):
+        paths = read_tree(tuned)
+    paths = published_tree(heads.num_heads) if paths is None else paths
+    return heads, Tree.from_paths(paths, heads.num_heads, model.config.vocab_size)
+
+
+def read_tree(text) -> list:
+    """A tree from JSON, given as text or as a file: a list of paths, or an object whose `paths` is one."""
+    source = str(text).strip()
+    if source[:1] not in ("[", "{"):
+        try:
+            source = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"can't read the tree {text}: {error}") from error
+    try:
+        tree = json.loads(source)
+    except ValueError as error:
+        raise UserError(f"the tree is not valid JSON: {error}") from error
+    if isinstance(tree, dict) and "paths" not in tree:
+        raise UserError("the tree is a JSON object without the key 'paths'")
+    return tree["paths"] if isinstance(tree, dict) else tree
+
+
+def choose_threads(model: Llama, steps: int = 6) -> int:
+    """1 or all cores, whichever decodes faster here and now: on a tiny model threads mostly wait for each other."""
+    candidates = {}
+    for threads in {1, os.cpu_count() or 1}:
+        torch.set_num_threads(threads)
+        clock = Stages("cpu")
+        for _ in generate(model, [[0]], steps, eos=(), run=clock):
+            pass
+        candidates[threads] = min(clock.seconds["base_inference"]) * (1 if threads == 1 else 1.1)     # win clearly
+    return min(candidates, key=candidates.get)
+
+
+# ------------------------------------------------------------------------------------------------------- generating
+
+def run(model: Llama, tokenizer: Tokenizer, ids: list, args, seed: int, heads, tree, emit=lambda text: None) -> dict:
+    """One prompt, plain (heads None) or Medusa → tokens, steps, times. `emit` gets the text as it comes."""
+    stages = Stages(args.device)
+    decode = tokenizer.stream(ids)
+    steps = generate(model, [ids], args.max_new_tokens, heads=heads, tree=tree, sampling=sampling(args), seeds=[seed],
+                     max_steps=args.max_steps, run=stages if args.profile else call)
+    new, count, seconds = [], -1, 0.0                       # the first that `generate` yields is the prefill's token
+    while True:
+        begin = time.perf_counter()
+        tokens = next(steps, None)
+        seconds += time.perf_counter() - begin
+        if tokens is None:
+            break
+        new, count = new + tokens[0], count + 1
+        emit("".join(map(decode, tokens[0])))
+    totals = {name: {"calls": len(t), "total_ms": round(1000 * sum(t), 3)} for name, t in stages.seconds.items()}
+    return {"token_ids": new, "new_tokens": len(new), "steps": count,
+            "tokens_per_step": round((len(new) - 1) / count, 4) if count > 0 else None,
+            "seconds": round(seconds, 6), "tokens_per_second": round(len(new) / seconds, 2), "stages": totals}
+
+
+def sampling(args) -> Sampling:
+    return Sampling(args.temperature, args.top_k, args.top_p)
+
+
+def first_difference(model: Llama, prompt: list, ours: list, plain: list, args, seed: int) -> dict | None:
+    """Where two outputs part, and how near the base's choice was to another there (0: a tie)."""
+    common = min(len(ours), len(plain))                      # with --max-steps one may simply be longer
+    position = next((i for i in range(common) if ours[i] != plain[i]), None)
+    if position is None:
+        return None
+    with torch.inference_mode():
+        ids = torch.tensor([prompt + plain[:position]], device=args.device)
+        logits = model.lm_head(model(ids)[0, -1])
+    u = uniforms([seed], position + 1)[0, -1].item()
+    return {"position": position, "margin": choice_margin(logits, u, sampling(args))}
+
+
+def warm_up(model: Llama, ids: list, heads, tree) -> None:
+    for h, t in ((None, None), (heads, tree)):
+        for _ in generate(model, [ids], 16, heads=h, tree=t, max_steps=4, eos=()):
+            pass
+
+
+def one_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, index: int, heads, tree, args) -> dict:
+    """Everything about one prompt, as `--json` prints it; without --json the text streams to the terminal meanwhile."""
+    ids, seed = tokenizer.encode(prompt), args.seed + index
+    show = (lambda text: None) if args.json else (lambda text: print(text, end="", flush=True))
+    title = "medusa" if heads else "plain"
+    baseline = None
+    if args.compare:
+        warm_up(model, ids, heads, tree)
+        show(f"--- plain\n{prompt}")
+        baseline = run(model, tokenizer, ids, args, seed, None, None, show)
+        show(f"\n\n--- {title}\n")
+    show(prompt)
+    result = run(model, tokenizer, ids, args, seed, heads, tree, show)
+    show("\n\n")
+    result = {"prompt": prompt, "text": tokenizer.decode(result["token_ids"]), "prompt_tokens": len(ids), **result}
+    if baseline:
+        same = min(len(baseline["token_ids"]), len(result["token_ids"])) if args.max_steps else None
+        result |= {"baseline": baseline, "identical": baseline["token_ids"][:same] == result["token_ids"][:same],
+                   "speedup": round(result["tokens_per_second"] / baseline["tokens_per_second"], 3),
+                   "first_difference": first_difference(model, ids, result["token_ids"], baseline["token_ids"], args,
+                                                        seed)}
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+def report(result: dict, heads) -> str:
+    """The figures of one prompt as text, the stage tables with --profile."""
+    line = lambda name, r: (f"{name:<8}{r['new_tokens']:>5} tokens {r['steps']:>5} steps "
+                            f"{r['tokens_per_step'] or 0:>6.2f} tokens/step {r['seconds']:>8.3f} s "
+                            f"{r['tokens_per_second']:>9.1f} tokens/s")
+    name, baseline = "medusa" if heads else "plain", result.get("baseline")
+    lines = [line("plain", baseline)] if baseline else []
+    lines.append(line(name, result))
+    if baseline:
+        where = result["first_difference"]
+        same = "yes" if result["identical"] else f"NO, they part at {where}"
+        lines.append(f"identical: {same}   speed-up: {result['speedup']:.2f}x")
+    for title, r in (("plain", baseline), (name, result)):
+        if r and r["stages"]:
+            total = sum(s["total_ms"] for s in r["stages"].values())
+            lines += ["", f"{title + ' stage':<16}{'calls':>7}{'mean ms':>10}{'share':>8}"]
+            lines += [f"{stage:<16}{s['calls']:>7}{s['total_ms'] / s['calls']:>10.3f}{s['total_ms'] / total:>8.1%}"
+                      for stage, s in r["stages"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def arguments(argv=None):
+    parser = ArgumentParser(description=__doc__.split("\n")[0], epilog="Examples: at the top of generate.py.")
+    parser.add_argument("--model", default=str(Path(__file__).parent / "model"), help="folder or hub id")
+    parser.add_argument("--heads", help="folder, hub id or 'none' (default: medusa/ in the model's folder)")
+    parser.add_argument("--revision", help="of the model on the hub")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-steps", type=int, help="end after so many decoding steps, plain or Medusa")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token")
+    parser.add_argument("--top-k", type=int, default=0, help="0: no limit")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0, help="prompt i draws from seed + i")
+    parser.add_argument("--tree", metavar="JSON|FILE", help="list of paths of ranks, or an object with 'paths' "
+                        "(default: tree.json in the heads' folder, else 15 nodes of the published mc_sim_7b_63)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on the CPU, else the checkpoint's")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", default="auto", help="a number, or auto: measured at start")
+    parser.add_argument("--compare", action="store_true", help="decode plainly too: same tokens? what speed-up?")
+    parser.add_argument("--profile", action="store_true", help="time each stage")
+    parser.add_argument("--json", action="store_true", help="one JSON object a prompt, nothing else on stdout")
+    args = parser.parse_args(argv)
+    limits = [("temperature", 0 <= args.temperature < float("inf"), "0 or more"),
+              ("top_k", args.top_k >= 0, "0 or more"), ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+              ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
+              ("max_steps", args.max_steps is None or args.max_steps >= 1, "at least 1"),
+              ("seed", 0 <= args.seed < 2 ** 63, "0 or more and below 2**63"),
+              ("threads", args.threads == "auto" or args.threads.isdecimal() and int(args.threads) > 0,
+               "auto or at least 1")]
+    for name, fine, want in limits:
+        if not fine:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be {want}")
+    try:
+        args.device = str(torch.empty(0, device=args.device).device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device} can't be used here: {str(error).splitlines()[0]}") from error
+    return args
+
+
+def main():
+    args = arguments()
+    model = Llama.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device, revision=args.revision)
+    tokenizer = Tokenizer(args.model, model.config, args.revision)
+    heads, tree = load_heads(args, model)
+    if args.device == "cpu":
+        torch.set_num_threads(choose_threads(model) if args.threads == "auto" else int(args.threads))
+    for index, prompt in enumerate(args.prompt or [OPENING]):
+        result = one_prompt(model, tokenizer, prompt, index, heads, tree, args)
+        print(json.dumps(result) if args.json else report(result, heads), flush=True)
+
+
+if __name__ == "__main__":
+    command_line(main)

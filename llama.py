@@ -1,0 +1,465 @@
+"""Llama in one file: Hugging Face checkpoints straight in, a static key/value cache, a mask that can be a tree.
+
+Everything fed to the model is a tree of new tokens ("nodes") behind a committed prefix: a prompt is a chain, a plain
+decoding step is a single node, a Medusa step is a tree. `visible` writes the attention mask for all three.
+
+Shape letters: B rows, T tokens fed, S cache slots, W window (the first W slots), H hidden, V vocabulary,
+               A attention heads, G key/value heads, D head_dim, L layers
+"""
+import argparse
+import json
+import os
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class UserError(Exception):
+    """Something the user can mend: the text says what was wrong and what to do. Scripts print it and exit with 2."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as all others are."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def command_line(main) -> None:
+    """Runs a script: an input error is one line on stderr and status 2, Ctrl-C status 130, a closed pipe the end."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # else Python complains once more at its exit
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The fields of an HF `config.json` that describe a Llama; the defaults are those of HF's own LlamaConfig."""
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None      # None: num_attention_heads (no grouping)
+    head_dim: int | None = None                 # None: hidden_size // num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    dtype: str = "float32"
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple | None = 2
+
+    def __post_init__(self):
+        fill = lambda name, value: getattr(self, name) is None and object.__setattr__(self, name, value)
+        positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "num_key_value_heads", "head_dim", "max_position_embeddings")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"config: {name} is {value!r}, it must be a whole number of at least 1")
+        fill("num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise UserError(f"config: hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                            f"{self.num_attention_heads} and no head_dim is given")
+        fill("head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                            f"num_key_value_heads {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise UserError(f"config: head_dim {self.head_dim} is odd, rotary embedding needs an even one")
+        if self.dtype not in DTYPES:
+            raise UserError(f"config: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+
+    @property
+    def eos_token_ids(self) -> tuple:
+        """End-of-text ids; empty if the model has none."""
+        eos = self.eos_token_id
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "LlamaConfig":
+        """From the contents of an HF `config.json`, old spelling or new. Raises UserError for what is not done here."""
+        def refuse(field, value, want):
+            raise UserError(f"config: {field} is {value!r}, only {want} is supported")
+        if data.get("model_type", "llama") != "llama":
+            refuse("model_type", data["model_type"], "'llama'")
+        if data.get("hidden_act", "silu") != "silu":
+            refuse("hidden_act", data["hidden_act"], "'silu'")
+        rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            refuse("rope_parameters" if data.get("rope_parameters") else "rope_scaling", kind, "'default'")
+        fields = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
+        fields["rope_theta"] = float(rope.get("rope_theta", data.get("rope_theta") or 10000.0))
+        fields["dtype"] = data.get("dtype") or data.get("torch_dtype") or "float32"
+        if isinstance(fields.get("eos_token_id"), list):
+            fields["eos_token_id"] = tuple(fields["eos_token_id"])
+        return cls(**fields)
+
+    def to_dict(self) -> dict:
+        """As HF writes it, in the spelling that old and new transformers both read."""
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **asdict(self),
+                "torch_dtype": self.dtype}
+
+
+# ------------------------------------------------------------------------------------------------- rotary embedding
+
+ROTARY_SLACK = 64   # positions beyond the context: the nodes of a tree that stands at the context's very end
+
+
+def rotary_table(config: LlamaConfig, dtype=torch.float32) -> Tensor:
+    """cos and sin of every position times every frequency: [positions, 2, D/2], computed as HF does, in float32."""
+    pairs = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
+    angle = torch.arange(config.max_position_embeddings + ROTARY_SLACK, device="cpu").float()[:, None] \
+        * (1.0 / config.rope_theta ** pairs)
+    return torch.stack((angle.cos(), angle.sin()), 1).to(dtype)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [B, T, A, D] by cos, sin [B, T, 1, D/2] in HF's half-split layout.
+
+    A head's vector is (a0 a1 .. | b0 b1 ..); pair i is (a_i, b_i), NOT two neighbours as in Meta's own files:
+        a' = a cos - b sin        b' = b cos + a sin
+    """
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+# -------------------------------------------------------------------------------------------------- cache and mask
+
+def new_cache(config: LlamaConfig, rows: int, slots: int, like: Tensor) -> Tensor:
+    """One allocation for all keys and values: [L, 2, B, S, G, D], in the dtype and on the device of `like`.
+
+    Zeros, not empty: a masked weight of 0 times a stale NaN would still be NaN.
+    """
+    return like.new_zeros(config.num_hidden_layers, 2, rows, slots, config.num_key_value_heads, config.head_dim)
+
+
+def write_cache(layer_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
+    """Writes key, value [B, T, G, D] into the slots [B, T] of one layer's cache [2, B, S, G, D], in place."""
+    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+    layer_cache[0].index_put_((rows, slots), key)
+    layer_cache[1].index_put_((rows, slots), value)
+
+
+def keep_rows(cache: Tensor, length: Tensor, path: Tensor) -> None:
+    """Moves slot length + path[j] to slot length + j for every j, in place; cache [L, 2, B, S, G, D], path [B, P].
+
+    Parents precede children, so path[j] >= j; the whole of `path` is read before anything is written.
+    """
+    rows = torch.arange(path.shape[0], device=path.device)[:, None]
+    to = length[:, None] + torch.arange(path.shape[1], device=path.device)                                # [B, P]
+    cache[:, :, rows, to] = cache[:, :, rows, length[:, None] + path]
+
+
+def visible(length: Tensor, ancestors: Tensor, window: int) -> Tensor:
+    """The attention mask of every forward with a cache: [B, T, W], True where a key may be seen.
+
+    The T new tokens of row b stand in slots length[b] .. length[b] + T - 1. Node i sees the committed slots
+    (s < length[b]) and those of its ancestors (ancestors[i, s - length[b]]; [T, T], each node its own ancestor).
+    """
+    offset = torch.arange(window, device=length.device) - length[:, None]                                 # [B, W]
+    nodes = ancestors.shape[0]
+    new = ancestors.t()[offset.clamp(0, nodes - 1)].transpose(1, 2)                                       # [B, T, W]
+    return torch.where((offset < 0)[:, None], True, new & (offset < nodes)[:, None])
+
+
+# --------------------------------------------------------------------------------------------------------- layers
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Training's attention, no cache: [B, A, T, D], [B, G, T, D] twice → [B, A, T, D]. model/pretrain.py swaps it."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = at_least_float32(x.dtype)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.head_dim, self.grouped = c.head_dim, c.num_key_value_heads != c.num_attention_heads
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias=None, layer_cache=None, slots=None) -> Tensor:
+        query, key, value = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)                 # [B, T, A or G, D]
+        if layer_cache is None:
+            out = causal_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        else:
+            write_cache(layer_cache, slots, key, value)
+            key, value = layer_cache[:, :, :bias.shape[-1]].transpose(2, 3)                     # [B, G, W, D] each
+            out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, bias, enable_gqa=self.grouped)
+        return self.o_proj(out.transpose(1, 2).flatten(2))                                      # [B, T, H]
+
+
+class MLP(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, *attention_args) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *attention_args)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The whole model. `forward` returns hidden states; the caller applies `lm_head` to the rows it wants."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.register_buffer("rotary", rotary_table(config), persistent=False)                  # [positions, 2, D/2]
+
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None,
+                cache: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
+        """ids [B, T] → hidden after the final norm [B, T, H].
+
+        Training: ids alone (causal, positions 0 .. T-1). Everything else: a cache [L, 2, B, S, G, D], the slots
+        [B, T] to write the new keys and values to, their position_ids [B, T] and the mask [B, T, W] of `visible`.
+        """
+        hidden = self.embed_tokens(ids)                                                         # [B, T, H]
+        if position_ids is None:
+            position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+        cos, sin = self.rotary[position_ids].to(hidden.dtype)[:, :, None].unbind(3)             # [B, T, 1, D/2] each
+        bias = None if mask is None else \
+            torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(~mask, -torch.inf)[:, None]  # [B, 1, T, W]
+        for i, layer in enumerate(self.layers):
+            hidden = layer(hidden, cos, sin, bias, None if cache is None else cache[i], slots)
+        return self.norm(hidden)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, *, dtype=None, device="cpu", revision=None) -> "Llama":
+        """From a local folder or a hub id, in HF's own layout. dtype None: float32 on the CPU, else the checkpoint's.
+
+        Raises UserError: no such folder or file, not a Llama, tensors missing, unexpected or of another shape.
+        """
+        config = LlamaConfig.from_dict(read_json(locate(name_or_path, "config.json", revision)))
+        if generation := locate(name_or_path, "generation_config.json", revision, required=False):
+            config = with_eos(config, read_json(generation).get("eos_token_id", config.eos_token_id))
+        if dtype is None:
+            dtype = torch.float32 if torch.device(device).type == "cpu" else DTYPES[config.dtype]
+        with torch.device("meta"):
+            model = cls(config)                      # shapes only: no memory, no random initialisation
+        shapes = {hf_name(name): p.shape for name, p in model.named_parameters()}
+        ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        tensors = read_tensors(weight_files(name_or_path, revision), shapes, f"model {name_or_path}", ignored)
+        for name, parameter in list(model.named_parameters()):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            tensor = tensors.pop(hf_name(name)).to(device=device, dtype=dtype)
+            setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.embed_tokens.weight
+        model.rotary = rotary_table(config, at_least_float32(dtype)).to(device)
+        return model.eval()
+
+    def save(self, folder, dtype: torch.dtype | None = None) -> None:
+        """Writes `config.json` and `model.safetensors` as HF would; transformers loads the folder."""
+        tensors = {hf_name(name): p.detach().to("cpu", dtype).contiguous() for name, p in self.named_parameters()}
+        stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        os.makedirs(folder, exist_ok=True)
+        write_json(Path(folder) / "config.json", self.config.to_dict() | {"dtype": stored, "torch_dtype": stored})
+        write_tensors(Path(folder) / "model.safetensors", tensors)
+
+
+# ------------------------------------------------------------------------------------------- checkpoint files
+
+def hf_name(name: str) -> str:
+    """Our parameter name → HF's: everything but lm_head lives in `model.`"""
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def with_eos(config: LlamaConfig, eos) -> LlamaConfig:
+    """`generation_config.json` overrules the config's end-of-text ids, as in HF's generate."""
+    return LlamaConfig(**asdict(config) | {"eos_token_id": tuple(eos) if isinstance(eos, list) else eos})
+
+
+def locate(name_or_path, filename: str, revision=None, required=True) -> Path | None:
+    """The local path of one file of a model: a folder's, or downloaded from the hub (only the files asked for)."""
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if (folder / filename).is_file() or not required:
+            return folder / filename if (folder / filename).is_file() else None
+        raise UserError(f"{folder} has no {filename}: give a folder in Hugging Face layout")
+    if folder.exists() or str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") != 1:
+        raise UserError(f"{name_or_path} is not a folder: give a model folder or a hub id such as Maykeye/TinyLLama-v0")
+    from huggingface_hub import errors, hf_hub_download
+    try:
+        return Path(hf_hub_download(str(name_or_path), filename, revision=revision))
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(f"{name_or_path}: the hub can't be reached and {filename} is not in its cache; "
+                        "give a local folder or try again with a network") from error
+    except errors.EntryNotFoundError as error:
+        if not required:
+            return None
+        raise UserError(f"{name_or_path} on the hub has no {filename}") from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        said = str(error).splitlines()[0]
+        raise UserError(f"{name_or_path}: no such folder here, and the hub says: {said}") from error
+
+
+def weight_files(name_or_path, revision=None) -> list[Path]:
+    """The safetensors files of a model: one, or the shards its index names."""
+    index = locate(name_or_path, "model.safetensors.index.json", revision, required=False)
+    if index is None:
+        return [locate(name_or_path, "model.safetensors", revision)]
+    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+    for name in shards:
+        if Path(name).name != name:
+            raise UserError(f"{index} names the shard {name!r}: a shard must lie beside its index")
+    return [locate(name_or_path, name, revision) for name in shards]
+
+
+def read_tensors(files, shapes: dict, what: str, ignored=frozenset()) -> dict[str, Tensor]:
+    """Reads the tensors named in `shapes` from safetensors files, checking before anything is loaded.
+
+    Raises UserError that names every missing, unexpected and wrongly shaped tensor.
+    """
+    from safetensors import SafetensorError, safe_open
+    found, problems = {}, []
+    try:
+        handles = [safe_open(f, "pt") for f in files]
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{what}: can't read {' or '.join(str(f) for f in files)}: {error}") from error
+    for handle in handles:
+        found |= {name: (handle, tuple(handle.get_slice(name).get_shape())) for name in handle.keys()}
+    # inv_freq: rotary frequencies that old transformers stored; they are derived from the config
+    unexpected = [n for n in found if n not in shapes and n not in ignored and not n.endswith("rotary_emb.inv_freq")]
+    for title, names in (("missing", [n for n in shapes if n not in found]), ("unexpected", unexpected)):
+        if names:
+            problems.append(f"{title}: {', '.join(names)}")
+    problems += [f"{n} has shape {list(found[n][1])}, expected {list(shape)}"
+                 for n, shape in shapes.items() if n in found and found[n][1] != tuple(shape)]
+    if problems:
+        raise UserError(f"{what}: the tensors do not fit the config: {'; '.join(problems)}")
+    return {name: found[name][0].get_tensor(name) for name in shapes}
+
+
+def read_json(path) -> dict:
+    """A JSON object; UserError says which file is missing or damaged, and where."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a JSON {type(data).__name__}, expected an object")
+    return data
+
+
+def write_atomic(path, write) -> None:
+    """Calls write(temporary path), then renames, so that no reader ever meets half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def write_json(path, data: dict) -> None:
+    write_atomic(path, lambda p: p.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_tensors(path, tensors: dict) -> None:
+    """safetensors with the metadata that transformers insists on."""
+    from safetensors.torch import save_file
+    write_atomic(path, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
+
+
+# -------------------------------------------------------------------------------------------------------- tokenizer
+
+class Tokenizer:
+    """`tokenizer.json` through the `tokenizers` library, with Llama's rule that a text starts with bos."""
+
+    def __init__(self, name_or_path, config: LlamaConfig, revision=None):
+        from tokenizers import Tokenizer as Backend
+        path = locate(name_or_path, "tokenizer.json", revision)
+        try:
+            self.backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"can't read the tokenizer {path}: {error}") from error
+        settings = locate(name_or_path, "tokenizer_config.json", revision, required=False)
+        add_bos = read_json(settings).get("add_bos_token", True) if settings else True
+        self.bos = [config.bos_token_id] if add_bos and config.bos_token_id is not None else []
+        self.eos = list(config.eos_token_ids)
+        self.path, self.size = path, self.backend.get_vocab_size()
+        if self.size > config.vocab_size:
+            raise UserError(f"{path} has {self.size} entries, the model only {config.vocab_size}: "
+                            "they don't belong together")
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, bos first (whether or not the file's own post-processor writes it)."""
+        return [e.ids if e.ids[:1] == self.bos else self.bos + e.ids for e in self.backend.encode_batch(texts)]
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self, prompt_ids):
+        """A function id → the text it adds, which never prints half a character and keeps leading spaces."""
+        from tokenizers.decoders import DecodeStream
+        state = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
+        return lambda token: state.step(self.backend, int(token)) or ""

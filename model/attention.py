@@ -1,0 +1,38 @@
+"""Causal attention for head_dim 4 on CPU (attention.cpp), usable under torch.compile(fullgraph=True).
+
+causal_attention(q, k, v) equals F.scaled_dot_product_attention(q, k, v, is_causal=True)
+for float32 [B, heads, T, 4]. The first import compiles the extension (about a minute, then cached).
+"""
+import os
+
+import torch
+from torch.utils.cpp_extension import load
+
+_source = os.environ.get("TINY_ATTENTION_SOURCE") or os.path.join(os.path.dirname(os.path.abspath(__file__)), "attention.cpp")
+load(name="tiny_attention", sources=[_source], is_python_module=False,
+     extra_cflags=["-O3", "-march=native", "-mprefer-vector-width=512"])
+_ops = torch.ops.tiny_attention
+
+
+def _like(q):  # the kernels return transposed views of [B, T, heads, 4]
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+@torch.library.register_fake("tiny_attention::forward")
+def _(q, k, v):
+    return _like(q), q.new_empty(q.shape[0], q.shape[1], 2, q.shape[2])
+
+
+@torch.library.register_fake("tiny_attention::backward")
+def _(dout, q, k, v, out, stats):
+    return _like(q), _like(q), _like(q)
+
+
+torch.library.register_autograd(
+    "tiny_attention::forward",
+    lambda ctx, dout, dstats: _ops.backward(dout, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
+
+
+def causal_attention(q, k, v):
+    return _ops.forward(q, k, v)[0]

@@ -1,0 +1,469 @@
+"""Medusa (arXiv 2401.10774) on a frozen Llama: heads draft, a tree verifies, the longest accepted path stays.
+
+Plain decoding, Medusa, batches and sampling are one function of tensors, `step`:
+
+    state (cache, length[B], token[B], hidden[B, H], ...)            token: emitted, not yet in the cache
+      draft    heads(hidden) → top ranks → ids[B, N], ids[:, 0] = token                             "medusa"
+      verify   one forward over all nodes of the tree → hidden[B, N, H], logits[B, N, V]            "tree"
+      accept   choose a token at every node, walk while it matches a child → path, out, count       "posterior"
+      commit   keep the path's keys and values; token and hidden of its last node                   "update"
+
+Plain decoding is `step` with `Tree.root()` and no heads. Since a node's token is kept only where it equals what the
+base itself chose there, the output is plain decoding's, token for token, at any temperature (see `choose`).
+
+Shape letters: B rows, N nodes of the tree (root included), P path length (tree depth + 1), K heads, R ranks per head,
+               T tokens, W window of the cache, H hidden, V vocabulary
+"""
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama import (
+    ROTARY_SLACK,
+    Llama,
+    UserError,
+    keep_rows,
+    locate,
+    new_cache,
+    read_json,
+    read_tensors,
+    visible,
+    write_json,
+    write_tensors,
+)
+
+# ------------------------------------------------------------------------------------------------------------- tree
+
+# mc_sim_7b_63 of the official code, best first, so any prefix is a tree: "01" is rank 0 of head 1, rank 1 of head 2
+PUBLISHED_TREE = [[int(rank) for rank in path] for path in (
+    "0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 100 020 12 003 40 21 004 005 0000 "
+    "011 006 030 50 13 007 008 009 60 040 14 70 012 200 31 22 80 050 15 101 021 90 060 0001 16 070").split()]
+
+
+def published_tree(num_heads: int, nodes: int = 15) -> list[list[int]]:
+    """The first `nodes` paths of mc_sim_7b_63 that `num_heads` heads can draft."""
+    return [path for path in PUBLISHED_TREE if len(path) <= num_heads][:nodes]
+
+
+class Tree(NamedTuple):
+    """A static tree of candidates. Node 0 is the root, the base's own token; parents precede their children."""
+    paths: list        # node → the ranks on its way from the root: [] the root, [0, 2] rank 2 of head 2 after rank 0
+    parent: Tensor     # [N] (the root is its own parent)
+    depth: Tensor      # [N]
+    rank: Tensor       # [N] which of its head's guesses the node is
+    ancestors: Tensor  # [N, N] bool, ancestors[i, j]: j is i or an ancestor of i
+    path: Tensor       # [N, P] the nodes from the root to node n; beyond its depth path[n, j] = j (any j.. would do)
+
+    @classmethod
+    def from_paths(cls, paths, num_heads: int, vocab_size: int) -> "Tree":
+        """From a list of paths of ranks such as [[0], [0, 0], [1]], in any order; the root is implied.
+
+        Raises UserError that names the path: not a list of ranks, twice, an ancestor missing, deeper than the heads
+        or a rank beyond the vocabulary.
+        """
+        if not isinstance(paths, (list, tuple)):
+            raise UserError(f"tree: expected a list of paths such as [[0], [0, 0], [1]], got {paths!r}")
+        for p in paths:
+            if not isinstance(p, (list, tuple)) or not p or any(type(r) is not int or r < 0 for r in p):
+                raise UserError(f"tree: {p!r} is not a path: expected a list of ranks such as [0, 2]")
+        nodes = sorted([(), *map(tuple, paths)], key=lambda p: (len(p), p))
+        index = {p: i for i, p in enumerate(nodes)}
+        for p in nodes[1:]:
+            if p[:-1] not in index:
+                raise UserError(f"tree: path {list(p)} has no ancestor {list(p[:-1])}: add it")
+            if len(p) > min(num_heads, ROTARY_SLACK):
+                raise UserError(f"tree: path {list(p)} has depth {len(p)}, there are only {num_heads} heads")
+            if max(p) >= vocab_size:
+                raise UserError(f"tree: path {list(p)} has rank {max(p)}, the vocabulary only {vocab_size} entries")
+        if len(index) < len(nodes):
+            twice = next(p for i, p in enumerate(nodes) if index[p] != i)
+            raise UserError(f"tree: path {list(twice)} stands in it twice")
+        deepest = len(nodes[-1])
+        path = torch.tensor([[index[p[:j]] if j <= len(p) else j for j in range(deepest + 1)] for p in nodes])
+        depth = torch.tensor([len(p) for p in nodes])
+        ancestors = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
+        for i, p in enumerate(nodes):
+            ancestors[i, path[i, :len(p) + 1]] = True
+        return cls([list(p) for p in nodes], torch.tensor([index[p[:-1]] for p in nodes]), depth,
+                   torch.tensor([p[-1] if p else 0 for p in nodes]), ancestors, path)
+
+    @classmethod
+    def root(cls) -> "Tree":
+        """The tree of plain decoding: one node."""
+        return cls.from_paths([], 0, 1)
+
+    def to(self, device) -> "Tree":
+        return Tree(self.paths, *(t.to(device) for t in self[1:]))
+
+    def draw(self, label=lambda node: "·" if node == 0 else "") -> str:
+        """The tree as text, a line a node; `label(node)` may add to a line."""
+        def lines(node, before):
+            children = [i for i in range(1, len(self.paths)) if self.parent[i] == node]
+            for child in children:
+                last = child == children[-1]
+                yield f"{before}{'└─' if last else '├─'}{self.rank[child]} {label(child)}".rstrip()
+                yield from lines(child, before + ("  " if last else "│ "))
+        return "\n".join([f"root {label(0)}".rstrip(), *lines(0, "")])
+
+
+# ------------------------------------------------------------------------------------------------------------ heads
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(W x + b), or wide: x + D SiLU(U x + b) with U [width, H], D [H, width]; K heads at once.
+
+    Starts as the identity (W, b and D zero), so that an untrained head repeats the base.
+    """
+    def __init__(self, num_heads: int, hidden_size: int, width: int | None):
+        super().__init__()
+        if width is None:
+            self.linear_weight = nn.Parameter(torch.zeros(num_heads, hidden_size, hidden_size))
+            self.linear_bias = nn.Parameter(torch.zeros(num_heads, hidden_size))
+        else:
+            self.up_weight = nn.Parameter(torch.empty(num_heads, width, hidden_size))
+            self.up_bias = nn.Parameter(torch.zeros(num_heads, width))
+            self.down_weight = nn.Parameter(torch.zeros(num_heads, hidden_size, width))
+            nn.init.normal_(self.up_weight, std=hidden_size ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [k, T, H] for the first k heads → the same shape."""
+        k, wide = len(x), hasattr(self, "up_weight")
+        weight, bias = (self.up_weight, self.up_bias) if wide else (self.linear_weight, self.linear_bias)
+        y = F.silu(torch.baddbmm(bias[:k, None], x, weight[:k].transpose(1, 2)))
+        return torch.baddbmm(x, y, self.down_weight[:k].transpose(1, 2)) if wide else x + y
+
+
+class MedusaHeads(nn.Module):
+    """K heads; head k = 1..K guesses the token k+1 places after the one whose hidden state it sees (section 2.1).
+
+    A head is `num_layers` residual blocks, each with weights of its own, then a vocabulary matrix: its own (the
+    paper's), or the base's `lm_head` (`tie_lm_head`). `width`: the blocks' inner width, None for the paper's square.
+    Parameters are stacked over the heads; on disk they have the official names `{k}.{j}.linear.weight`, ... (`names`).
+    """
+    def __init__(self, hidden_size: int, vocab_size: int, num_heads: int, num_layers: int = 1,
+                 tie_lm_head: bool = False, width: int | None = None):
+        super().__init__()
+        self.num_heads, self.num_layers, self.tie_lm_head, self.width = num_heads, num_layers, tie_lm_head, width
+        self.hidden_size, self.vocab_size = hidden_size, vocab_size
+        self.blocks = nn.ModuleList(ResidualBlock(num_heads, hidden_size, width) for _ in range(num_layers))
+        self.vocabulary = None if tie_lm_head else nn.Parameter(torch.empty(num_heads, vocab_size, hidden_size))
+
+    @classmethod
+    def untrained(cls, model: Llama, num_heads: int, **options) -> "MedusaHeads":
+        """New heads that repeat the base: blocks are the identity, own vocabulary matrices copies of its `lm_head`."""
+        heads = cls(model.config.hidden_size, model.config.vocab_size, num_heads, **options).to(model.lm_head.weight)
+        if heads.vocabulary is not None:
+            heads.vocabulary.data.copy_(model.lm_head.weight.detach().expand_as(heads.vocabulary))
+        return heads
+
+    def features(self, hidden: Tensor, num_heads: int | None = None) -> Tensor:
+        """hidden [T, H] of the base → what the first heads multiply with the vocabulary: [K, T, H]."""
+        x = hidden.expand(num_heads or self.num_heads, *hidden.shape)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def logits(self, features: Tensor, lm_head: nn.Linear) -> Tensor:
+        """features [K, T, H] → [K, T, V]."""
+        if self.vocabulary is None:
+            return lm_head(features)
+        return features @ self.vocabulary[:len(features)].transpose(1, 2)
+
+    def names(self) -> dict[str, Tensor]:
+        """The official v0.1 names (and `{k}.{j}.up.weight` ... for wide blocks) → views of the stacked parameters."""
+        named = {f"{k}.{j}.{name.replace('_', '.')}": p[k] for k in range(self.num_heads)
+                 for j, block in enumerate(self.blocks) for name, p in block.named_parameters()}
+        if self.vocabulary is not None:
+            named |= {f"{k}.{self.num_layers}.weight": self.vocabulary[k] for k in range(self.num_heads)}
+        return named
+
+    def save(self, folder, base_model: str) -> None:
+        """`model.safetensors` and `config.json`: the weights first, so that a config never stands without them."""
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.names().items()}
+        write_tensors(Path(folder) / "model.safetensors", tensors)
+        write_json(Path(folder) / "config.json", {
+            "base_model_name_or_path": base_model, "medusa_num_heads": self.num_heads,
+            "medusa_num_layers": self.num_layers, "tie_lm_head": self.tie_lm_head, "medusa_width": self.width,
+            "hidden_size": self.hidden_size, "vocab_size": self.vocab_size})
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, model: Llama, revision=None) -> "MedusaHeads":
+        """Heads for `model`, in its dtype and on its device. UserError if they belong to a model of another shape."""
+        config = read_json(locate(name_or_path, "config.json", revision))
+        for key in ("medusa_num_heads", "medusa_num_layers"):
+            if type(config.get(key)) is not int or config[key] < 1:
+                raise UserError(f"{name_or_path}: not Medusa heads, config.json has {key} {config.get(key)!r}")
+        for key in ("hidden_size", "vocab_size"):
+            if config.get(key, getattr(model.config, key)) != getattr(model.config, key):
+                raise UserError(f"{name_or_path}: the heads expect {key} {config[key]}, the model has "
+                                f"{getattr(model.config, key)}: train heads for this model or pass --heads none")
+        with torch.device("meta"):
+            heads = cls(model.config.hidden_size, model.config.vocab_size, config["medusa_num_heads"],
+                        config["medusa_num_layers"], config.get("tie_lm_head", False), config.get("medusa_width"))
+        heads = heads.to_empty(device=model.lm_head.weight.device).to(model.lm_head.weight.dtype)
+        named = heads.names()
+        tensors = read_tensors([locate(name_or_path, "model.safetensors", revision)],
+                               {name: t.shape for name, t in named.items()}, f"heads {name_or_path}")
+        with torch.no_grad():
+            for name, view in named.items():
+                view.copy_(tensors[name])
+        return heads.eval()
+
+
+# --------------------------------------------------------------------------------------------------- choosing a token
+
+class Sampling(NamedTuple):
+    """temperature 0: the most likely token. top_k 0 and top_p 1: no limit."""
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+GREEDY = Sampling()
+
+
+def warp(logits: Tensor, sampling: Sampling) -> Tensor:
+    """logits [..., V] → probabilities in float64: temperature, then top-k (ties: the lower id), then top-p, as HF does.
+
+    top-p keeps the fewest most likely tokens that together reach top_p, at least one.
+    """
+    logits = logits.double() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = logits.topk(sampling.top_k).values[..., -1:]
+        above, ties = logits > kth, logits == kth
+        keep = above | (ties & (ties.cumsum(-1) <= sampling.top_k - above.sum(-1, keepdim=True)))
+        logits = logits.masked_fill(~keep, -torch.inf)
+    probs = logits.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
+        cut = (ordered.cumsum(-1) - ordered) >= sampling.top_p         # what stands before it reaches top_p already
+        cut[..., 0] = False
+        probs = probs.masked_fill(torch.zeros_like(cut).scatter_(-1, ids, cut), 0)
+    return probs
+
+
+def choose(logits: Tensor, uniform: Tensor | None, sampling: Sampling) -> Tensor:
+    """One token a node: logits [B, N, V] and a uniform in [0, 1) each [B, N] → ids [B, N].
+
+    The randomness is an input: the uniform inverts the CDF in vocabulary order. A node's draw depends on its own
+    logits and on the uniform of its *position* only, so it is the very draw that plain decoding makes there.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    cdf = warp(logits, sampling).cumsum(-1)
+    return torch.searchsorted(cdf, (uniform * cdf[..., -1])[..., None], right=True).squeeze(-1)
+
+
+def choice_margin(logits: Tensor, uniform: float, sampling: Sampling) -> float:
+    """How near `choose` was to another token: logits [V] → gap of the two best, or in probability to the nearest edge.
+
+    The edges are those of the CDF around the uniform, of the top-k and of the nucleus.
+    """
+    if sampling.temperature == 0:
+        best, second = logits.double().topk(2).values.tolist()
+        return best - second
+    cdf = warp(logits, sampling).cumsum(-1)
+    margins = [(cdf / cdf[-1] - uniform).abs().min().item()]
+    if 0 < sampling.top_k < len(logits):
+        edge = warp(logits, Sampling(sampling.temperature)).topk(sampling.top_k + 1).values
+        margins.append((edge[-2] - edge[-1]).item())
+    if sampling.top_p < 1:
+        nucleus = warp(logits, sampling._replace(top_p=1.0)).sort(descending=True).values.cumsum(-1)
+        margins.append((nucleus - sampling.top_p).abs().min().item())
+    return min(margins)
+
+
+def uniforms(seeds, count: int) -> Tensor:
+    """[B, count] float64: the t-th number of a row depends on the row's seed and t alone, never on the batch."""
+    draw = lambda seed: torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.stack([draw(seed) for seed in seeds])
+
+
+# ---------------------------------------------------------------------------------------------------------- the step
+
+class State(NamedTuple):
+    """Everything that changes while decoding. Invariant: emitted tokens = those in the cache behind the prompt + 1."""
+    cache: Tensor      # [L, 2, B, S, G, D], the one tensor written in place
+    length: Tensor     # [B] committed slots of the cache
+    token: Tensor      # [B] emitted, not yet in the cache: the root of the next tree
+    hidden: Tensor     # [B, H] the hidden state that chose `token`
+    emitted: Tensor    # [B] new tokens so far
+    remaining: Tensor  # [B] new tokens that may still follow; 0: the row is finished
+    uniform: Tensor    # [B, ...] float64, one a position
+
+
+def call(name, function, *args):
+    """How `step` runs its stages; `Stages` is the same with a clock."""
+    return function(*args)
+
+
+def draft(heads: MedusaHeads | None, lm_head: nn.Linear, tree: Tree, state: State) -> Tensor:
+    """The candidates: ids [B, N]. The heads run on one position a row, the one that chose the root."""
+    if len(tree.paths) == 1:
+        return state.token[:, None]
+    deepest = len(tree.paths[-1])
+    logits = heads.logits(heads.features(state.hidden, deepest), lm_head)                           # [K, B, V]
+    top = logits.topk(max(map(max, tree.paths[1:])) + 1).indices                                    # [K, B, R]
+    ids = top[tree.depth - 1, :, tree.rank].t()                            # [B, N]; the root's entry is overwritten
+    return torch.where(tree.depth == 0, state.token[:, None], ids)
+
+
+def feed(model: Llama, ids: Tensor, depth: Tensor, ancestors: Tensor, cache: Tensor, length: Tensor,
+         window: int) -> Tensor:
+    """New tokens ids [B, T] behind each row's committed prefix: writes their keys and values → hidden [B, T, H]."""
+    slots = length[:, None] + torch.arange(ids.shape[1], device=ids.device)
+    return model(ids, length[:, None] + depth, visible(length, ancestors, window), cache, slots)
+
+
+def verify(model: Llama, tree: Tree, ids: Tensor, state: State, window: int) -> tuple[Tensor, Tensor]:
+    """One forward over all nodes: hidden [B, N, H], logits [B, N, V]."""
+    hidden = feed(model, ids, tree.depth, tree.ancestors, state.cache, state.length, window)
+    return hidden, model.lm_head(hidden)
+
+
+def accept(tree: Tree, ids: Tensor, logits: Tensor, state: State, sampling: Sampling, eos: Tensor):
+    """The longest path whose every token is what the base chose at its parent → path [B, P], out [B, P], count [B].
+
+    out[:count] are the new tokens: the choices at the path's nodes, the last one at its end. `count` also ends at the
+    row's limit and with the first end-of-text token. Siblings differ, so at most one node a depth survives.
+    """
+    uniform = None if sampling.temperature == 0 else state.uniform.gather(1, state.emitted[:, None] + tree.depth)
+    choice = choose(logits, uniform, sampling)                                                      # [B, N]
+    match = (ids == choice[:, tree.parent]) | (tree.depth == 0)                                     # [B, N]
+    alive = (match[:, None] | ~tree.ancestors).all(-1)                                              # [B, N]
+    last = (alive * (tree.depth + 1)).argmax(-1)                                                    # [B]
+    path = tree.path[last]                                                                          # [B, P]
+    out = choice.gather(1, path)                                                                    # [B, P]
+    place = torch.arange(out.shape[1], device=out.device)
+    ends = torch.isin(out, eos)
+    ended = (ends.cumsum(1) - ends.long()) > 0                                       # behind an end-of-text token
+    count = ((place <= tree.depth[last, None]) & (place < state.remaining[:, None]) & ~ended).sum(1)
+    return path, out, count
+
+
+def commit(state: State, hidden: Tensor, path: Tensor, out: Tensor, count: Tensor, eos: Tensor) -> State:
+    """Keeps the cache rows of the path and moves on by `count` tokens; count 0 leaves a row as it was.
+
+    All P rows are copied whatever was accepted, so the shapes stay static: the surplus is garbage beyond `length`.
+    """
+    keep_rows(state.cache, state.length, path)
+    moved, at = count > 0, (count - 1).clamp(min=0)[:, None]
+    token = torch.where(moved, out.gather(1, at)[:, 0], state.token)
+    rows = torch.arange(len(count), device=count.device)
+    last = torch.where(moved[:, None], hidden[rows, path.gather(1, at)[:, 0]], state.hidden)
+    remaining = torch.where(moved & torch.isin(token, eos), 0, state.remaining - count)
+    return state._replace(length=state.length + count, token=token, hidden=last, emitted=state.emitted + count,
+                          remaining=remaining)
+
+
+def step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, window: int, sampling: Sampling,
+         eos: Tensor, run=call) -> tuple[State, Tensor, Tensor]:
+    """One decoding step → the next state, out [B, P] and count [B]: row b emits out[b, :count[b]]."""
+    ids = run("medusa", draft, heads, model.lm_head, tree, state)
+    hidden, logits = run("tree", verify, model, tree, ids, state, window)
+    path, out, count = run("posterior", accept, tree, ids, logits, state, sampling, eos)
+    return run("update", commit, state, hidden, path, out, count, eos), out, count
+
+
+# --------------------------------------------------------------------------------------------------------- generation
+
+PREFILL_CHUNK = 512     # prompt tokens a forward: bounds the memory of the mask and of the activations
+
+
+def bucket(slots: int) -> int:
+    """How much of the cache attention reads: 64, 128, 256, ... so that a short text does not pay for the context."""
+    return max(64, 1 << (slots - 1).bit_length())
+
+
+def prefill(model: Llama, prompts: list, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Fills the cache with the prompts (chains of nodes), chunk by chunk → length [B], last token's hidden [B, H]."""
+    device, longest = cache.device, max(map(len, prompts))
+    ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)              # [B, T]
+    total = torch.tensor([len(p) for p in prompts], device=device)
+    length = torch.zeros_like(total)
+    last = cache.new_zeros(len(prompts), model.config.hidden_size)
+    for start in range(0, longest, PREFILL_CHUNK):
+        chunk = ids[:, start:start + PREFILL_CHUNK]
+        depth = torch.arange(chunk.shape[1], device=device)
+        hidden = feed(model, chunk, depth, depth[:, None] >= depth, cache, length,
+                      min(bucket(start + PREFILL_CHUNK), cache.shape[3]))
+        new = (total - start).clamp(0, chunk.shape[1])
+        here = hidden[torch.arange(len(prompts), device=device), (new - 1).clamp(min=0)]
+        last, length = torch.where((new > 0)[:, None], here, last), length + new
+    return length, last
+
+
+def start(model: Llama, prompts: list, max_new_tokens: int, nodes: int, path: int, sampling: Sampling, eos: Tensor,
+          seeds) -> tuple[State, Tensor, Tensor]:
+    """The stage `init`: prefill, then the first token, by the same accept and commit as every other one."""
+    context, device = model.config.max_position_embeddings, model.lm_head.weight.device
+    longest = max(map(len, prompts))
+    slots = min(longest + max_new_tokens, context) + max(nodes, min(longest, PREFILL_CHUNK))
+    cache = new_cache(model.config, len(prompts), slots, like=model.lm_head.weight)
+    length, hidden = prefill(model, prompts, cache)
+    remaining = torch.tensor([min(max_new_tokens, context - len(p)) for p in prompts], device=device)
+    uniform = uniforms(seeds, max_new_tokens + path if sampling.temperature else 1).to(device)
+    root, token = Tree.root().to(device), torch.tensor([p[-1] for p in prompts], device=device)
+    # as if the prompt's last token were the root of a tree of one node, already verified
+    state = State(cache, length - 1, token, hidden, torch.zeros_like(length), remaining, uniform)
+    chosen, out, count = accept(root, token[:, None], model.lm_head(hidden)[:, None], state, sampling, eos)
+    return commit(state, hidden[:, None], chosen, out, count, eos), out, count
+
+
+@torch.inference_mode()
+def generate(model: Llama, prompts: list, max_new_tokens: int, *, heads: MedusaHeads | None = None,
+             tree: Tree | None = None, sampling: Sampling = GREEDY, seeds=None, eos=None,
+             max_steps: int | None = None, run=call):
+    """Yields, for the prefill and then for each step, B lists: the new ids of each row, as they come.
+
+    A row ends with the first end-of-text token (`eos`, default the model's; it is yielded), at `max_new_tokens` or at
+    the context's end; after `max_steps` steps all rows end. No heads or no tree: plain decoding. Row b's draws come
+    from seeds[b] (default 0, 1, ...), so a row's tokens are the same alone and in any batch, with heads and without.
+    Raises UserError: an empty prompt, or one that leaves no room in the context.
+    """
+    context = model.config.max_position_embeddings
+    for prompt in prompts:
+        if not prompt:
+            raise UserError("the prompt is empty: give at least one token")
+        if len(prompt) >= context:
+            raise UserError(f"the prompt has {len(prompt)} tokens, the context holds {context}: shorten the prompt")
+    device = model.lm_head.weight.device
+    plain = heads is None or tree is None or len(tree.paths) == 1
+    tree = Tree.root().to(device) if plain else tree.to(device)
+    eos = torch.tensor(model.config.eos_token_ids if eos is None else tuple(eos), dtype=torch.long, device=device)
+    nodes, path = tree.path.shape
+    state, out, count = run("init", start, model, prompts, max_new_tokens, nodes, path, sampling, eos,
+                            range(len(prompts)) if seeds is None else seeds)
+    lengths, steps = [len(p) for p in prompts], 0
+    while True:
+        # the one read-back of a step
+        counts, new, remaining = (t.tolist() for t in (count, out, state.remaining))
+        yield [row[:n] for row, n in zip(new, counts, strict=True)]
+        if not any(remaining) or steps == max_steps:
+            return
+        lengths = [a + n for a, n in zip(lengths, counts, strict=True)]
+        window = min(bucket(max(lengths) + nodes), state.cache.shape[3])
+        arguments = (model, heads, tree, state, window, sampling, eos)
+        state, out, count = run("base_inference", step, *arguments) if plain else step(*arguments, run)
+        steps += 1
+
+
+class Stages:
+    """A `run` for `generate` that clocks each stage (the original's profile); without it no clock is read at all.
+
+    The heads' products are in `medusa` (the original's were hidden in `tree`); `base_inference` is a whole plain step.
+    """
+    def __init__(self, device):
+        self.sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+        self.seconds: dict[str, list[float]] = {}
+
+    def __call__(self, name, function, *args):
+        self.sync()
+        begin = time.perf_counter()
+        result = function(*args)
+        self.sync()
+        self.seconds.setdefault(name, []).append(time.perf_counter() - begin)
+        return result

@@ -1,0 +1,174 @@
+"""Trains Medusa heads for a frozen Llama: Medusa-1 of the paper (arXiv 2401.10774, section 2.2.1).
+
+    python train_heads.py --data data/distilled.bin --out model/medusa
+    python train_heads.py --model DIR_OR_HUB_ID --data a.bin b.bin --num-heads 3 --tie-lm-head --width 256 --out heads
+
+Head k = 1..K sees the base's hidden state at position t and learns the token at t + 1 + k (the base's own lm_head
+already guesses t + 1). Its loss is the mean cross entropy, weighted by --decay to the power k. A row of a batch is one
+whole document, so nothing attends across documents. Every 50th document is held out, and measured at the end.
+"""
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from llama import ArgumentParser, Llama, Tokenizer, UserError, command_line
+from prepare_data import read_tokens
+from tinymedusa import MedusaHeads
+
+IGNORE = -100           # cross_entropy's own mark for positions that carry no loss
+CHUNK = 1024            # positions whose logits [K, CHUNK, V] are in memory at once
+
+
+def length_batches(documents: list, tokens: int, seed: int) -> list[list]:
+    """One epoch: lists of documents of like length, `tokens` with their padding, in random order.
+
+    Lengths are jittered, so the batches differ between epochs; a last partial batch is kept.
+    """
+    g = torch.Generator().manual_seed(seed)
+    jitter = (1 + 0.06 * torch.rand(len(documents), generator=g)).tolist()
+    groups, group, widest = [], [], 0
+    for i in sorted(range(len(documents)), key=lambda i: len(documents[i]) * jitter[i]):
+        group.append(documents[i])
+        widest = max(widest, len(documents[i]))
+        if widest * len(group) >= tokens:
+            groups.append(group)
+            group, widest = [], 0
+    groups += [group] if group else []
+    return [groups[i] for i in torch.randperm(len(groups), generator=g).tolist()]
+
+
+def padded(documents: list) -> tuple[Tensor, Tensor]:
+    """Documents → ids [B, T], padded on the right with 0, and length [B]."""
+    length = torch.tensor([len(d) for d in documents])
+    ids = torch.zeros(len(documents), int(length.max()), dtype=torch.long)
+    for row, document in zip(ids, documents, strict=True):
+        row[:len(document)] = torch.as_tensor(document.astype("int64"))
+    return ids, length
+
+
+def head_labels(ids: Tensor, length: Tensor, num_heads: int) -> Tensor:
+    """[K, B, T]: what head k = 1..K should guess at position t, ids[t + 1 + k]; IGNORE beyond the document."""
+    labels = torch.full((num_heads, *ids.shape), IGNORE)
+    for k in range(1, num_heads + 1):
+        labels[k - 1, :, :-1 - k] = ids[:, 1 + k:]
+    target = torch.arange(ids.shape[1]) + 1 + torch.arange(1, num_heads + 1)[:, None]                # [K, T]
+    return labels.masked_fill(target[:, None] >= length[:, None], IGNORE)
+
+
+def head_results(heads: MedusaHeads, lm_head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden [T, H], labels [K, T] → each head's summed cross entropy [K] and its labels' ranks [K, T] (0: top-1)."""
+    logits = heads.logits(heads.features(hidden), lm_head).float()                                  # [K, T, V]
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    with torch.no_grad():
+        target = logits.gather(2, labels.clamp(min=0)[..., None])
+        rank = (logits > target).sum(-1).masked_fill(labels == IGNORE, logits.shape[-1])
+    return losses.view(labels.shape).sum(1), rank
+
+
+def batch_hidden(model: Llama, documents: list, num_heads: int) -> tuple[Tensor, Tensor]:
+    """The base's hidden states where at least head 1 has a label [T, H], and the labels there [K, T]."""
+    ids, length = padded(documents)
+    labels = head_labels(ids, length, num_heads).flatten(1)                                         # [K, B * T]
+    with torch.no_grad():
+        hidden = model(ids.to(model.lm_head.weight.device)).flatten(0, 1)
+    used = labels[0] != IGNORE
+    return hidden[used.to(hidden.device)], labels[:, used].to(hidden.device)
+
+
+@torch.no_grad()
+def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: int) -> dict:
+    """On held-out documents, per head: mean cross entropy in nats, share of labels ranked first, and in the first 5."""
+    loss, top1, top5, count = (torch.zeros(heads.num_heads) for _ in range(4))
+    for batch in length_batches(documents, batch_tokens, seed=0):
+        for h, y in zip(*(t.split(CHUNK, -1 if t.dtype == torch.long else 0)
+                          for t in batch_hidden(model, batch, heads.num_heads)), strict=True):
+            sums, rank = head_results(heads, model.lm_head, h, y)
+            loss, count = loss + sums.cpu(), count + (y != IGNORE).sum(1).cpu()
+            top1, top5 = top1 + (rank < 1).sum(1).cpu(), top5 + (rank < 5).sum(1).cpu()
+    return {name: [round(v, 4) for v in (t / count.clamp(min=1)).tolist()]
+            for name, t in (("loss", loss), ("top1", top1), ("top5", top5))}
+
+
+def learning_rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak: linear warm-up, then a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def train(model: Llama, heads: MedusaHeads, documents: list, *, epochs: int, lr: float, warmup: int, decay: float,
+          batch_tokens: int, seed: int) -> None:
+    """AdamW on the heads; the base is frozen. Gradients are taken chunk by chunk, so logits are never all in memory."""
+    weights = decay ** torch.arange(1, heads.num_heads + 1, device=model.lm_head.weight.device)
+    model.requires_grad_(False)
+    optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0.0)
+    epoch_batches = [length_batches(documents, batch_tokens, seed + epoch) for epoch in range(epochs)]
+    steps = sum(map(len, epoch_batches))
+    with tqdm(total=steps, desc="training heads", unit=" steps") as bar:
+        for step, batch in enumerate(batch for batches in epoch_batches for batch in batches):
+            hidden, labels = batch_hidden(model, batch, heads.num_heads)
+            count = (labels != IGNORE).sum(1).clamp(min=1)                                          # [K]
+            losses, correct = torch.zeros_like(weights), torch.zeros_like(count)
+            for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK, 1), strict=True):
+                sums, rank = head_results(heads, model.lm_head, h, y)
+                (weights * sums / count).sum().backward()
+                losses, correct = losses + sums.detach() / count, correct + (rank == 0).sum(1)
+            optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps, warmup)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update()
+            if step % 20 == 0 or step == steps - 1:
+                bar.set_postfix(loss=f"{(weights * losses).sum():.3f}",
+                                top1=" ".join(f"{v:.2f}" for v in (correct / count).tolist()))
+
+
+def arguments(argv=None):
+    parser = ArgumentParser(description=__doc__.split("\n")[0], epilog="See the top of train_heads.py for examples.")
+    parser.add_argument("--model", default=str(Path(__file__).parent / "model"), help="the base: folder or hub id")
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="token files of prepare_data.py")
+    parser.add_argument("--out", required=True, metavar="FOLDER")
+    parser.add_argument("--num-heads", type=int, default=4)
+    parser.add_argument("--num-layers", type=int, default=1, help="residual blocks a head")
+    parser.add_argument("--width", type=int, help="inner width of the blocks (default: the paper's square block)")
+    parser.add_argument("--tie-lm-head", action="store_true", help="use the base's lm_head, not a matrix a head")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=40, help="steps")
+    parser.add_argument("--decay", type=float, default=0.8, help="head k's loss counts decay**k")
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    for name in ("num_heads", "num_layers", "width", "epochs", "batch_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
+    return args
+
+
+def main():
+    args = arguments()
+    torch.manual_seed(args.seed)
+    model = Llama.from_pretrained(args.model, device=args.device)
+    tokenizer = Tokenizer(args.model, model.config)
+    context = model.config.max_position_embeddings
+    documents = [piece for path in args.data for d in read_tokens(path, tokenizer)
+                 for piece in (d[i:i + context] for i in range(0, len(d), context)) if len(piece) > 2]
+    held_out, documents = documents[::50], [d for i, d in enumerate(documents) if i % 50]
+    if not documents:
+        raise UserError(f"{' and '.join(args.data)}: at least 2 documents of 3 tokens are needed, one is held out")
+    heads = MedusaHeads.untrained(model, args.num_heads, num_layers=args.num_layers, width=args.width,
+                                  tie_lm_head=args.tie_lm_head)
+    train(model, heads, documents, epochs=args.epochs, lr=args.lr, warmup=args.warmup, decay=args.decay,
+          batch_tokens=args.batch_tokens, seed=args.seed)
+    heads.save(args.out, base_model=args.model)
+    print(json.dumps({"out": args.out, "parameters": sum(p.numel() for p in heads.parameters()),
+                      "held_out_documents": len(held_out), **evaluate(model, heads, held_out, args.batch_tokens)}))
+
+
+if __name__ == "__main__":
+    command_line(main)
