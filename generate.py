@@ -16,7 +16,18 @@ from pathlib import Path
 import torch
 
 from llama import DTYPES, ArgumentParser, Llama, Tokenizer, UserError, command_line, locate
-from tinymedusa import MedusaHeads, Sampling, Stages, Tree, call, choice_margin, generate, published_tree, uniforms
+from tinymedusa import (
+    MedusaHeads,
+    Sampling,
+    Stages,
+    Tree,
+    call,
+    check_prompts,
+    choice_margin,
+    generate,
+    published_tree,
+    uniforms,
+)
 
 OPENING = "Once upon a time, there was a little girl named Lily who loved to play in the garden."
 
@@ -74,8 +85,8 @@ def choose_threads(model: Llama, steps: int = 6) -> int:
 
 # ------------------------------------------------------------------------------------------------------- generating
 
-def run(model: Llama, tokenizer: Tokenizer, ids: list, args, seed: int, heads, tree, emit=lambda text: None) -> dict:
-    """One prompt, plain (heads None) or Medusa → tokens, steps, times. `emit` gets the text as it comes."""
+def run(model: Llama, tokenizer: Tokenizer, ids: list, args, seed: int, heads, tree, emit) -> dict:
+    """One prompt, plain (heads None) or Medusa → tokens, steps, times. `emit` gets the new text as it comes."""
     stages = Stages(args.device)
     decode = tokenizer.stream(ids)
     steps = generate(model, [ids], args.max_new_tokens, heads=heads, tree=tree, sampling=sampling(args), seeds=[seed],
@@ -112,26 +123,30 @@ def first_difference(model: Llama, prompt: list, ours: list, plain: list, args, 
     return {"position": position, "margin": choice_margin(logits, u, sampling(args))}
 
 
+def printer(args, before: str):
+    """Prints text as it comes, `before` in front of the first; nothing with --json."""
+    def emit(text):
+        nonlocal before
+        if not args.json:
+            print(before + text, end="", flush=True)
+        before = ""
+    return emit
+
+
 def warm_up(model: Llama, ids: list, heads, tree) -> None:
     for h, t in ((None, None), (heads, tree)):
         for _ in generate(model, [ids], 16, heads=h, tree=t, max_steps=4, eos=()):
             pass
 
 
-def one_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, index: int, heads, tree, args) -> dict:
+def one_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, ids: list, seed: int, heads, tree, args) -> dict:
     """Everything about one prompt, as `--json` prints it; without --json the text streams to the terminal meanwhile."""
-    ids, seed = tokenizer.encode(prompt), args.seed + index
-    show = (lambda text: None) if args.json else (lambda text: print(text, end="", flush=True))
-    title = "medusa" if heads else "plain"
     baseline = None
     if args.compare:
         warm_up(model, ids, heads, tree)
-        show(f"--- plain\n{prompt}")
-        baseline = run(model, tokenizer, ids, args, seed, None, None, show)
-        show(f"\n\n--- {title}\n")
-    show(prompt)
-    result = run(model, tokenizer, ids, args, seed, heads, tree, show)
-    show("\n\n")
+        baseline = run(model, tokenizer, ids, args, seed, None, None, printer(args, f"--- plain\n{prompt}"))
+    title = f"\n\n--- {'medusa' if heads else 'plain'}\n" if baseline else ""
+    result = run(model, tokenizer, ids, args, seed, heads, tree, printer(args, title + prompt))
     result = {"prompt": prompt, "text": tokenizer.decode(result["token_ids"]), "prompt_tokens": len(ids), **result}
     if baseline:
         same = min(len(baseline["token_ids"]), len(result["token_ids"])) if args.max_steps else None
@@ -210,9 +225,12 @@ def main():
     heads, tree = load_heads(args, model)
     if args.device == "cpu":
         torch.set_num_threads(choose_threads(model) if args.threads == "auto" else int(args.threads))
-    for index, prompt in enumerate(args.prompt or [OPENING]):
-        result = one_prompt(model, tokenizer, prompt, index, heads, tree, args)
-        print(json.dumps(result) if args.json else report(result, heads), flush=True)
+    prompts = args.prompt or [OPENING]
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    check_prompts(encoded, model.config.max_position_embeddings)
+    for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+        result = one_prompt(model, tokenizer, prompt, ids, args.seed + index, heads, tree, args)
+        print(json.dumps(result) if args.json else "\n\n" + report(result, heads), flush=True)
 
 
 if __name__ == "__main__":

@@ -311,9 +311,8 @@ class Llama(nn.Module):
         """Writes `config.json` and `model.safetensors` as HF would; transformers loads the folder."""
         tensors = {hf_name(name): p.detach().to("cpu", dtype).contiguous() for name, p in self.named_parameters()}
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        os.makedirs(folder, exist_ok=True)
-        write_json(Path(folder) / "config.json", self.config.to_dict() | {"dtype": stored, "torch_dtype": stored})
         write_tensors(Path(folder) / "model.safetensors", tensors)
+        write_json(Path(folder) / "config.json", self.config.to_dict() | {"dtype": stored, "torch_dtype": stored})
 
 
 # ------------------------------------------------------------------------------------------- checkpoint files
@@ -405,15 +404,15 @@ def read_json(path) -> dict:
 def write_atomic(path, write) -> None:
     """Calls write(temporary path), then renames, so that no reader ever meets half a file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             temporary.unlink()
 
 

@@ -175,7 +175,8 @@ def prepare(args) -> dict:
         documents = self_distilled(model, heads, tree, [tokenizer.encode(line) for line in lines], args.max_new_tokens,
                                    Sampling(args.temperature), args.seed, args.batch_size)
         bar = {"desc": "continuing", "unit": " openings", "total": len(lines)}
-    return write_tokens(args.out, tqdm(documents, **bar), tokenizer, config.vocab_size, source)
+    with tqdm(documents, **bar) as progress:
+        return write_tokens(args.out, progress, tokenizer, config.vocab_size, source)
 
 
 def main():

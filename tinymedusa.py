@@ -373,9 +373,9 @@ def step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, wind
 PREFILL_CHUNK = 512     # prompt tokens a forward: bounds the memory of the mask and of the activations
 
 
-def bucket(slots: int) -> int:
+def bucket(slots: int, cache: Tensor) -> int:
     """How much of the cache attention reads: 64, 128, 256, ... so that a short text does not pay for the context."""
-    return max(64, 1 << (slots - 1).bit_length())
+    return min(max(64, 1 << (slots - 1).bit_length()), cache.shape[3])
 
 
 def prefill(model: Llama, prompts: list, cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -389,7 +389,7 @@ def prefill(model: Llama, prompts: list, cache: Tensor) -> tuple[Tensor, Tensor]
         chunk = ids[:, start:start + PREFILL_CHUNK]
         depth = torch.arange(chunk.shape[1], device=device)
         hidden = feed(model, chunk, depth, depth[:, None] >= depth, cache, length,
-                      min(bucket(start + PREFILL_CHUNK), cache.shape[3]))
+                      bucket(start + chunk.shape[1], cache))
         new = (total - start).clamp(0, chunk.shape[1])
         here = hidden[torch.arange(len(prompts), device=device), (new - 1).clamp(min=0)]
         last, length = torch.where((new > 0)[:, None], here, last), length + new
@@ -413,6 +413,15 @@ def start(model: Llama, prompts: list, max_new_tokens: int, nodes: int, path: in
     return commit(state, hidden[:, None], chosen, out, count, eos), out, count
 
 
+def check_prompts(prompts: list, context: int) -> None:
+    """UserError: an empty prompt, or one that leaves no room in the context."""
+    for prompt in prompts:
+        if not prompt:
+            raise UserError("the prompt is empty: give at least one token")
+        if len(prompt) >= context:
+            raise UserError(f"the prompt has {len(prompt)} tokens, the context holds {context}: shorten the prompt")
+
+
 @torch.inference_mode()
 def generate(model: Llama, prompts: list, max_new_tokens: int, *, heads: MedusaHeads | None = None,
              tree: Tree | None = None, sampling: Sampling = GREEDY, seeds=None, eos=None,
@@ -422,14 +431,9 @@ def generate(model: Llama, prompts: list, max_new_tokens: int, *, heads: MedusaH
     A row ends with the first end-of-text token (`eos`, default the model's; it is yielded), at `max_new_tokens` or at
     the context's end; after `max_steps` steps all rows end. No heads or no tree: plain decoding. Row b's draws come
     from seeds[b] (default 0, 1, ...), so a row's tokens are the same alone and in any batch, with heads and without.
-    Raises UserError: an empty prompt, or one that leaves no room in the context.
+    Raises UserError: see `check_prompts`.
     """
-    context = model.config.max_position_embeddings
-    for prompt in prompts:
-        if not prompt:
-            raise UserError("the prompt is empty: give at least one token")
-        if len(prompt) >= context:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the context holds {context}: shorten the prompt")
+    check_prompts(prompts, model.config.max_position_embeddings)
     device = model.lm_head.weight.device
     plain = heads is None or tree is None or len(tree.paths) == 1
     tree = Tree.root().to(device) if plain else tree.to(device)
@@ -445,8 +449,7 @@ def generate(model: Llama, prompts: list, max_new_tokens: int, *, heads: MedusaH
         if not any(remaining) or steps == max_steps:
             return
         lengths = [a + n for a, n in zip(lengths, counts, strict=True)]
-        window = min(bucket(max(lengths) + nodes), state.cache.shape[3])
-        arguments = (model, heads, tree, state, window, sampling, eos)
+        arguments = (model, heads, tree, state, bucket(max(lengths) + nodes, state.cache), sampling, eos)
         state, out, count = run("base_inference", step, *arguments) if plain else step(*arguments, run)
         steps += 1
 

@@ -1,0 +1,92 @@
+"""Tiny models with vocabularies so small that even random heads get accepted; no weights, milliseconds."""
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from llama import Llama, LlamaConfig, command_line, rotary_table, write_json  # noqa: E402
+from tinymedusa import MedusaHeads  # noqa: E402
+
+torch.set_num_threads(1)
+MODEL = ROOT / "model"
+
+
+def tiny_llama(seed=0, dtype=torch.float64, std=0.35, **over) -> Llama:
+    """A random Llama, float64 by default so that equality can be exact."""
+    torch.manual_seed(seed)
+    model = Llama(LlamaConfig(**{"vocab_size": 12, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                                 "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96} | over))
+    for p in model.parameters():
+        p.data.normal_(0, std) if p.dim() == 2 else p.data.uniform_(0.5, 1.5)
+    model = model.to(dtype)
+    model.rotary = rotary_table(model.config, dtype)
+    return model.eval()
+
+
+def tiny_heads(model, num_heads=4, noise=0.2, seed=1, **options) -> MedusaHeads:
+    torch.manual_seed(seed)
+    heads = MedusaHeads.untrained(model, num_heads, **options)
+    for p in heads.parameters():
+        p.data.add_(noise * torch.randn_like(p))
+    return heads.eval()
+
+
+def random_tree(rng: random.Random, num_heads=4, ranks=4, nodes=20) -> list:
+    """Random paths, every ancestor in, in random order."""
+    paths = [()]
+    for _ in range(rng.randint(0, nodes)):
+        parent = rng.choice(paths)
+        if len(parent) < num_heads:
+            paths.append((*parent, rng.randrange(ranks)))
+    paths = [list(p) for p in set(paths) if p]
+    rng.shuffle(paths)
+    return paths
+
+
+def random_prompt(rng: random.Random, longest=60, vocab_size=12) -> list:
+    return [1] + [rng.randrange(3, vocab_size) for _ in range(rng.randint(0, longest))]
+
+
+def byte_tokenizer(path, vocab_size=300) -> Tokenizer:
+    """A byte-level BPE with ids 0/1/2 = <unk>/<s>/</s>."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["once upon a time there was a dog and the dog was happy"] * 3, trainer)
+    tokenizer.save(str(path))
+    return tokenizer
+
+
+@pytest.fixture
+def tiny_folder(tmp_path) -> Path:
+    """A whole model folder, with heads in `medusa/`."""
+    model = tiny_llama(dtype=torch.float32, vocab_size=300, max_position_embeddings=64)
+    model.save(tmp_path / "tiny")
+    byte_tokenizer(tmp_path / "tiny" / "tokenizer.json")
+    write_json(tmp_path / "tiny" / "generation_config.json", {"eos_token_id": 2})
+    tiny_heads(model, 3).save(tmp_path / "tiny" / "medusa", "tiny")
+    return tmp_path / "tiny"
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd):
+    """cli("generate", "--json", ...) → (exit status, stdout, stderr), through the script's own main, in this process."""
+    def run(script, *args):
+        module = __import__(script)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
+        threads, status = torch.get_num_threads(), 0
+        try:
+            command_line(module.main)
+        except SystemExit as stop:
+            status = stop.code
+        torch.set_num_threads(threads)
+        return status, *capfd.readouterr()
+    return run

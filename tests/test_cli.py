@@ -1,0 +1,108 @@
+"""generate.py as people run it: the fields of --json, the story twice, the stage table."""
+import json
+
+import pytest
+from conftest import MODEL, ROOT, tiny_llama
+
+from llama import Tokenizer, write_json
+
+
+
+def run_json(cli, *args):
+    status, out, err = cli("generate", "--json", *args)
+    assert status == 0 and err == "", err
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.mark.parametrize("temperature", [0, 0.9])
+def test_json_fields(tiny_folder, cli, temperature):
+    first, second = run_json(cli, "--model", tiny_folder, "--prompt", "the dog", "--prompt", "once", "--compare",
+                             "--profile", "--max-new-tokens", 30, "--temperature", temperature, "--seed", 4)
+    tokenizer = Tokenizer(tiny_folder, tiny_llama(vocab_size=300).config)
+    for result, prompt in ((first, "the dog"), (second, "once")):
+        assert result["prompt"] == prompt and result["prompt_tokens"] == len(tokenizer.encode(prompt))
+        assert result["new_tokens"] == len(result["token_ids"]) <= 30
+        assert result["text"] == tokenizer.decode(result["token_ids"])
+        assert result["tokens_per_step"] == round((result["new_tokens"] - 1) / result["steps"], 4)
+        assert result["tokens_per_second"] == pytest.approx(result["new_tokens"] / result["seconds"], rel=1e-3)
+        stages, steps = result["stages"], result["steps"]
+        assert {k: v["calls"] for k, v in stages.items()} == {
+            "init": 1, "medusa": steps, "tree": steps, "posterior": steps, "update": steps}
+        assert 0 < sum(v["total_ms"] for v in stages.values()) <= 1000 * result["seconds"]
+        baseline = result["baseline"]
+        assert result["identical"] is True and result["first_difference"] is None
+        assert baseline["token_ids"] == result["token_ids"]
+        assert set(baseline["stages"]) == {"init", "base_inference"}
+        assert result["speedup"] == pytest.approx(result["tokens_per_second"] / baseline["tokens_per_second"], rel=1e-2)
+    alone, = run_json(cli, "--model", tiny_folder, "--prompt", "once", "--max-new-tokens", 30, "--temperature",
+                      temperature, "--seed", 5)                                  # prompt i draws from seed + i
+    assert alone["token_ids"] == second["token_ids"] and alone["stages"] == {} and "baseline" not in alone
+
+
+def test_max_steps_means_the_same_for_both(tiny_folder, cli):
+    result, = run_json(cli, "--model", tiny_folder, "--prompt", "the dog", "--max-steps", 5, "--compare")
+    assert result["steps"] == 5 and result["baseline"]["steps"] == 5 and result["baseline"]["new_tokens"] == 6
+    assert result["identical"]
+    plain, = run_json(cli, "--model", tiny_folder, "--prompt", "the dog", "--max-steps", 5, "--heads", "none")
+    assert plain["token_ids"] == result["baseline"]["token_ids"] and plain["tokens_per_step"] == 1
+
+
+def test_a_difference_is_reported_not_hidden(tiny_folder, cli, monkeypatch):
+    """Break Medusa on purpose: --compare must say where the outputs part, and how near the choice was."""
+    import tinymedusa
+    real = tinymedusa.choose
+    monkeypatch.setattr(tinymedusa, "choose", lambda logits, u, s: (real(logits, u, s) + (logits.shape[1] > 1)) % 300)
+    result, = run_json(cli, "--model", tiny_folder, "--prompt", "the dog", "--compare", "--max-new-tokens", 20)
+    assert result["identical"] is False
+    assert result["first_difference"]["position"] == 1 and result["first_difference"]["margin"] > 0
+    _, out, _ = cli("generate", "--model", tiny_folder, "--prompt", "the dog", "--compare", "--max-new-tokens", 20)
+    assert "identical: NO, they part at {'position': 1" in out
+
+
+def test_the_tree_comes_from_the_option_the_folder_or_the_published_one(tiny_folder, cli, monkeypatch):
+    import generate
+    seen = []
+    real = generate.Tree.from_paths
+    monkeypatch.setattr(generate.Tree, "from_paths", lambda paths, *a: seen.append(paths) or real(paths, *a))
+    run = lambda *a: run_json(cli, "--model", tiny_folder, "--prompt", "dog", "--max-new-tokens", 2, "--threads", 1, *a)
+    run()
+    write_json(tiny_folder / "medusa" / "tree.json", {"paths": [[0], [0, 0]], "note": "more keys are fine"})
+    run()
+    run("--tree", "[[1]]")
+    (tiny_folder / "my.json").write_text("[[0], [1]]")
+    run("--tree", tiny_folder / "my.json")
+    given = [p for p in seen if p]                                               # [] is the root's own
+    assert len(given[0]) == 15 and given[1:] == [[[0], [0, 0]], [[1]], [[0], [1]]]
+
+
+def test_heads_may_live_elsewhere_or_nowhere(tiny_folder, tmp_path, cli):
+    (tiny_folder / "medusa").rename(tmp_path / "elsewhere")
+    plain, = run_json(cli, "--model", tiny_folder, "--prompt", "dog", "--max-new-tokens", 9, "--profile")
+    assert set(plain["stages"]) == {"init", "base_inference"}
+    medusa, = run_json(cli, "--model", tiny_folder, "--prompt", "dog", "--heads", tmp_path / "elsewhere", "--profile",
+                       "--max-new-tokens", 9)
+    assert "posterior" in medusa["stages"] and medusa["token_ids"] == plain["token_ids"]
+
+
+def test_the_first_command_of_the_readme(cli):
+    status, out, err = cli("generate", "--compare", "--profile", "--max-new-tokens", 60)
+    assert status == 0 and err == "" and "identical: yes" in out
+    plain, medusa = out.split("--- plain\n")[1].split("\n\n--- medusa\n")
+    assert medusa.startswith(plain) and plain.startswith("Once upon a time")
+    for stage in ("base_inference", "init", "medusa", "tree", "posterior", "update"):
+        assert f"\n{stage} " in out
+
+
+def test_the_embedded_heads_reach_the_promised_tokens_per_step(cli):
+    openings = (ROOT / "benchmarks" / "openings.txt").read_text().splitlines()[:10]
+    args = [a for o in openings for a in ("--prompt", o)]
+    results = run_json(cli, *args, "--compare", "--max-new-tokens", 200)
+    assert all(r["identical"] or r["first_difference"]["margin"] < 1e-4 for r in results)
+    mean = sum(r["tokens_per_step"] for r in results) / 10
+    print(f"mean tokens per step over ten held-out openings: {mean:.3f}")
+    assert mean >= 2.4
+
+
+def test_the_embedded_heads_fit_in_6_mb():
+    files = [f for f in MODEL.rglob("*") if f.suffix in (".json", ".safetensors") and "pretrained" not in f.parts]
+    assert sum(f.stat().st_size for f in files) < 6e6

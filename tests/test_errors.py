@@ -1,0 +1,198 @@
+"""Every input error through the command line: one line that says what was wrong and what to do, status 2."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+import llama
+from llama import Llama, UserError, read_json, write_json
+
+
+def config(**change):
+    def damage(folder):
+        data = read_json(folder / "config.json")
+        data.update(change)
+        write_json(folder / "config.json", {k: v for k, v in data.items() if v is not None})
+    return damage
+
+
+def tensors(change, file="model.safetensors"):
+    def damage(folder):
+        data = load_file(folder / file)
+        change(data)
+        save_file(data, folder / file, metadata={"format": "pt"})
+    return damage
+
+
+def gone(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def text(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def index(*shards):
+    return lambda folder: write_json(folder / "model.safetensors.index.json",
+                                     {"weight_map": {f"t{i}": s for i, s in enumerate(shards)}})
+
+
+# what is done to a good folder (300 entries, context 64, 3 heads), the arguments, and what the line must say
+CASES = {
+    "no config": (gone("config.json"), [], ["has no config.json", "Hugging Face layout"]),
+    "no weights": (gone("model.safetensors"), [], ["has no model.safetensors"]),
+    "no tokenizer": (gone("tokenizer.json"), [], ["has no tokenizer.json"]),
+    "config not json": (text("config.json", b"{"), [], ["config.json is not valid JSON"]),
+    "config not utf-8": (text("config.json", b"\xff\xfe"), [], ["config.json is not valid JSON"]),
+    "config a list": (text("config.json", b"[]"), [], ["holds a JSON list, expected an object"]),
+    "not a llama": (config(model_type="mistral"), [], ["model_type is 'mistral', only 'llama'"]),
+    "activation": (config(hidden_act="gelu"), [], ["hidden_act is 'gelu', only 'silu'"]),
+    "rope scaling": (config(rope_scaling={"type": "yarn", "factor": 2}), [], ["rope_scaling is 'yarn'"]),
+    "rope parameters": (config(rope_parameters={"rope_type": "dynamic"}), [], ["rope_parameters is 'dynamic'"]),
+    "no heads": (config(num_attention_heads=0), [], ["num_attention_heads is 0"]),
+    "not divisible": (config(hidden_size=33, head_dim=None), [], ["hidden_size 33 is not divisible"]),
+    "grouping": (config(num_key_value_heads=3), [], ["num_attention_heads 4 is not a multiple of num_key_value_heads 3"]),
+    "odd head_dim": (config(head_dim=7), [], ["head_dim 7 is odd"]),
+    "dtype": (config(dtype="int4"), [], ["dtype 'int4' is not one of"]),
+    "missing tensor": (tensors(lambda t: t.pop("model.norm.weight")), [], ["missing: model.norm.weight"]),
+    "unexpected tensor": (tensors(lambda t: t.update({"model.extra": torch.zeros(1)})), [], ["unexpected: model.extra"]),
+    "misshapen tensor": (tensors(lambda t: t.update({"lm_head.weight": torch.zeros(299, 32)})), [],
+                         ["lm_head.weight has shape [299, 32], expected [300, 32]"]),
+    "corrupt weights": (text("model.safetensors", b"nonsense"), [], ["can't read", "model.safetensors"]),
+    "shard missing": (index("a.safetensors"), [], ["has no a.safetensors"]),
+    "shard elsewhere": (index("../a.safetensors"), [], ["a shard must lie beside its index"]),
+    "corrupt tokenizer": (text("tokenizer.json", b"{}"), [], ["can't read the tokenizer"]),
+    "tokenizer of another model": (config(vocab_size=299), ["--heads", "none"], ["expected [299, 32]"]),
+    "no heads' weights": (gone("medusa/model.safetensors"), [], ["has no model.safetensors"]),
+    "heads of another width": (lambda f: write_json(f / "medusa/config.json", {
+        "medusa_num_heads": 3, "medusa_num_layers": 1, "hidden_size": 4096}), [],
+        ["heads expect hidden_size 4096, the model has 32", "train heads for this model or pass --heads none"]),
+    "heads short of a tensor": (tensors(lambda t: t.pop("0.0.linear.bias"), "medusa/model.safetensors"), [],
+                                ["missing: 0.0.linear.bias"]),
+    "a model as heads": (None, ["--heads", "{folder}"], ["not Medusa heads"]),
+    "no such folder": (None, ["--model", "./nowhere"], ["./nowhere is not a folder"]),
+    "no such heads": (None, ["--heads", "/no/such/heads"], ["/no/such/heads is not a folder"]),
+    "tree not json": (None, ["--tree", "[[0]"], ["the tree is not valid JSON"]),
+    "tree file missing": (None, ["--tree", "no_tree.json"], ["can't read the tree no_tree.json"]),
+    "tree without paths": (None, ["--tree", '{"path": []}'], ["without the key 'paths'"]),
+    "tree too deep": (None, ["--tree", "[[0],[0,0],[0,0,0],[0,0,0,0]]"], ["path [0, 0, 0, 0] has depth 4", "3 heads"]),
+    "tree orphan": (None, ["--tree", "[[0,0]]"], ["path [0, 0] has no ancestor [0]"]),
+    "tree rank": (None, ["--tree", "[[300]]"], ["rank 300", "300 entries"]),
+    "tree in the heads' folder": (text("medusa/tree.json", b'{"paths": [[1, 1]]}'), [], ["no ancestor [1]"]),
+    "prompt too long": (None, ["--prompt", "x y " * 40], ["the context holds 64: shorten the prompt"]),
+    "temperature": (None, ["--temperature", "-1"], ["--temperature is -1.0, it must be 0 or more"]),
+    "temperature nan": (None, ["--temperature", "nan"], ["--temperature is nan"]),
+    "top-p": (None, ["--top-p", "0"], ["--top-p is 0.0, it must be above 0"]),
+    "top-k": (None, ["--top-k", "-2"], ["--top-k is -2"]),
+    "tokens": (None, ["--max-new-tokens", "0"], ["--max-new-tokens is 0, it must be at least 1"]),
+    "steps": (None, ["--max-steps", "0"], ["--max-steps is 0"]),
+    "threads": (None, ["--threads", "none"], ["--threads is none"]),
+    "seed": (None, ["--seed", "-1"], ["--seed is -1"]),
+    "not a number": (None, ["--top-k", "few"], ["invalid int value: 'few'"]),
+    "unknown option": (None, ["--tokens", "5"], ["unrecognized arguments: --tokens"]),
+    "device": (None, ["--device", "warp"], ["--device warp can't be used here"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generate(case, tiny_folder, cli):
+    damage, args, says = CASES[case]
+    if damage:
+        damage(tiny_folder)
+    args = [a.format(folder=tiny_folder) if a == "{folder}" else a for a in args]
+    status, out, err = cli("generate", "--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 3, *args)
+    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("generate.py: "), err
+    assert all(s in err for s in says), err
+
+
+def test_the_healthy_folder_is_fine(tiny_folder, cli):
+    assert cli("generate", "--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 3)[0] == 0
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--text", "none.txt", "--out", "a.bin"], "can't read none.txt"),
+    (["--openings", "none.txt", "--out", "a.bin"], "can't read none.txt"),
+    (["--text", "latin.txt", "--out", "a.bin"], "latin.txt is not UTF-8 text"),
+    (["--text", "empty.txt", "--out", "a.bin"], "a.bin: nothing to write"),
+    (["--openings", "empty.txt", "--out", "a.bin"], "empty.txt holds no opening"),
+    (["--out", "a.bin"], "one of the arguments --text --openings is required"),
+    (["--text", "fine.txt", "--out", "a.bin", "--limit", "0"], "--limit is 0"),
+    (["--text", "fine.txt", "--out", "fine.txt/a.bin"], "can't write fine.txt/a.bin"),
+])
+def test_prepare_data(args, says, tiny_folder, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    Path("empty.txt").write_bytes(b"\n\n")
+    Path("fine.txt").write_bytes(b"the dog")
+    status, out, err = cli("prepare_data", "--model", tiny_folder, *args)
+    line = err.splitlines()[-1]                                                  # above it a progress bar may stand
+    assert status == 2 and out == "" and line.startswith("prepare_data.py: ") and says in line
+    assert not list(tmp_path.glob("*a.bin*"))
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--data", "none.bin"], "no token file none.bin"),
+    (["--data", "half.bin"], "was the preparation of half.bin interrupted"),
+    (["--data", "half.bin", "--num-heads", "0"], "--num-heads is 0"),
+    ([], "the following arguments are required: --data"),
+])
+def test_train_heads(args, says, tiny_folder, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("half.bin").write_bytes(b"\1\0")
+    status, out, err = cli("train_heads", "--model", tiny_folder, "--out", "h", *args)
+    assert status == 2 and err.count("\n") == 1 and says in err and not Path("h").exists()
+
+
+def test_the_hub_code(monkeypatch, tmp_path):
+    """The hub can't be reached in a test: its function is replaced, its errors are the library's own."""
+    import huggingface_hub
+    from huggingface_hub import errors
+    calls = []
+
+    def download(repo, filename, revision=None):
+        calls.append((repo, filename, revision))
+        if filename == "model.safetensors.index.json":
+            raise errors.EntryNotFoundError("404")
+        if filename == "tokenizer.json":
+            raise errors.LocalEntryNotFoundError("offline")
+        return str(tmp_path / filename)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert llama.weight_files("some/model", "v1") == [tmp_path / "model.safetensors"]
+    assert calls == [("some/model", "model.safetensors.index.json", "v1"), ("some/model", "model.safetensors", "v1")]
+    with pytest.raises(UserError, match="the hub can't be reached"):
+        llama.locate("some/model", "tokenizer.json")
+    with pytest.raises(UserError, match="on the hub has no model.safetensors.index.json"):
+        llama.locate("some/model", "model.safetensors.index.json")
+    with pytest.raises(UserError, match="not a folder: give a model folder or a hub id"):
+        llama.locate("nowhere", "config.json")
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    from conftest import tiny_llama
+    def save_half(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("safetensors.torch.save_file", save_half)
+    with pytest.raises(UserError, match="can't write .*model.safetensors: No space left on device"):
+        tiny_llama().save(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == []
+    monkeypatch.undo()
+    tiny_llama().save(tmp_path)
+    assert Llama.from_pretrained(tmp_path).config.vocab_size == 12
+
+
+def test_a_real_process_has_status_2_and_no_traceback(tiny_folder):
+    run = lambda *a: subprocess.run([sys.executable, ROOT / "generate.py", *a], capture_output=True, text=True)
+    bad = run("--model", "nowhere/at/all")
+    assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1
+    shell = f"{sys.executable} {ROOT}/generate.py --model {tiny_folder} --prompt dog --json | head -c 1"
+    closed = subprocess.run(shell, shell=True, capture_output=True, text=True, env=os.environ)
+    assert closed.stdout == "{" and closed.stderr == ""
+    fine = run("--model", str(tiny_folder), "--prompt", "the dog", "--json")
+    assert fine.returncode == 0 and json.loads(fine.stdout)["new_tokens"] > 0
