@@ -1,7 +1,7 @@
 """Writes text with Medusa, profiled.
 
     python generate.py                                        # the embedded story model, a fixed opening
-    python generate.py --compare --profile                    # plain decoding too: same tokens? faster? where is the time?
+    python generate.py --compare --profile                    # and by plain decoding: same tokens? where is the time?
     python generate.py --prompt "The little dog" --temperature 0.8 --seed 3
     python generate.py --model DIR_OR_HUB_ID --heads DIR_OR_HUB_ID --prompt "Hello" --json
 
@@ -9,7 +9,6 @@ steps counts decoding steps. The prefill emits the first token, so tokens_per_st
 exactly 1 for plain decoding. seconds is prefill and decoding together, without loading and without printing.
 """
 import json
-import os
 import time
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from tinymedusa import (
     choice_margin,
     generate,
     published_tree,
+    set_threads,
     uniforms,
 )
 
@@ -69,18 +69,6 @@ def read_tree(text) -> list:
     if isinstance(tree, dict) and "paths" not in tree:
         raise UserError("the tree is a JSON object without the key 'paths'")
     return tree["paths"] if isinstance(tree, dict) else tree
-
-
-def choose_threads(model: Llama, steps: int = 6) -> int:
-    """1 or all cores, whichever decodes faster here and now: on a tiny model threads mostly wait for each other."""
-    candidates = {}
-    for threads in {1, os.cpu_count() or 1}:
-        torch.set_num_threads(threads)
-        clock = Stages("cpu")
-        for _ in generate(model, [[0]], steps, eos=(), run=clock):
-            pass
-        candidates[threads] = min(clock.seconds["base_inference"]) * (1 if threads == 1 else 1.1)     # win clearly
-    return min(candidates, key=candidates.get)
 
 
 # ------------------------------------------------------------------------------------------------------- generating
@@ -223,8 +211,7 @@ def main():
     model = Llama.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device, revision=args.revision)
     tokenizer = Tokenizer(args.model, model.config, args.revision)
     heads, tree = load_heads(args, model)
-    if args.device == "cpu":
-        torch.set_num_threads(choose_threads(model) if args.threads == "auto" else int(args.threads))
+    set_threads(model, args.threads)
     prompts = args.prompt or [OPENING]
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     check_prompts(encoded, model.config.max_position_embeddings)

@@ -28,7 +28,7 @@ from llama import (
     write_atomic,
     write_json,
 )
-from tinymedusa import MedusaHeads, Sampling, Tree, generate, published_tree
+from tinymedusa import MedusaHeads, Sampling, Tree, generate, published_tree, set_threads
 
 # ------------------------------------------------------------------------------------------------------ token files
 
@@ -168,6 +168,7 @@ def prepare(args) -> dict:
         if not lines:
             raise UserError(f"{args.openings} holds no opening: write one a line")
         model = Llama.from_pretrained(args.model, device=args.device)
+        set_threads(model, rows=args.batch_size)
         heads = args.heads and MedusaHeads.from_pretrained(args.heads, model)
         tree = heads and Tree.from_paths(published_tree(heads.num_heads), heads.num_heads, config.vocab_size)
         source = {"model": args.model, "openings": Path(args.openings).name, "limit": args.limit, "seed": args.seed,

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from llama import ArgumentParser, Llama, Tokenizer, UserError, command_line
 from prepare_data import read_tokens
-from tinymedusa import MedusaHeads
+from tinymedusa import MedusaHeads, set_threads
 
 IGNORE = -100           # cross_entropy's own mark for positions that carry no loss
-CHUNK = 1024            # positions whose logits [K, CHUNK, V] are in memory at once
+LOGITS = 2 ** 22        # logits in memory at once: positions are taken in chunks of LOGITS / (K V)
 
 
 def length_batches(documents: list, tokens: int, seed: int) -> list[list]:
@@ -60,14 +60,19 @@ def head_labels(ids: Tensor, length: Tensor, num_heads: int) -> Tensor:
     return labels.masked_fill(target[:, None] >= length[:, None], IGNORE)
 
 
-def head_results(heads: MedusaHeads, lm_head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden [T, H], labels [K, T] → each head's summed cross entropy [K] and its labels' ranks [K, T] (0: top-1)."""
-    logits = heads.logits(heads.features(hidden), lm_head).float()                                  # [K, T, V]
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    with torch.no_grad():
-        target = logits.gather(2, labels.clamp(min=0)[..., None])
-        rank = (logits > target).sum(-1).masked_fill(labels == IGNORE, logits.shape[-1])
-    return losses.view(labels.shape).sum(1), rank
+def head_results(heads: MedusaHeads, lm_head, hidden: Tensor, labels: Tensor):
+    """hidden [T, H], labels [K, T] → chunk by chunk, each head's summed cross entropy [K] and labels' ranks [K, chunk].
+
+    Rank 0 is a top-1 hit; an ignored label has rank V.
+    """
+    chunk = max(1, LOGITS // (heads.num_heads * heads.vocab_size))
+    for h, y in zip(hidden.split(chunk), labels.split(chunk, 1), strict=True):
+        logits = heads.logits(heads.features(h), lm_head).float()                                   # [K, chunk, V]
+        losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="none")
+        with torch.no_grad():
+            target = logits.gather(2, y.clamp(min=0)[..., None])
+            rank = (logits > target).sum(-1).masked_fill(y == IGNORE, heads.vocab_size)
+        yield losses.view(y.shape).sum(1), rank
 
 
 def batch_hidden(model: Llama, documents: list, num_heads: int) -> tuple[Tensor, Tensor]:
@@ -83,12 +88,10 @@ def batch_hidden(model: Llama, documents: list, num_heads: int) -> tuple[Tensor,
 @torch.no_grad()
 def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: int) -> dict:
     """On held-out documents, per head: mean cross entropy in nats, share of labels ranked first, and in the first 5."""
-    loss, top1, top5, count = (torch.zeros(heads.num_heads) for _ in range(4))
+    loss, top1, top5, count = (torch.zeros(heads.num_heads, dtype=torch.float64) for _ in range(4))
     for batch in length_batches(documents, batch_tokens, seed=0):
-        for h, y in zip(*(t.split(CHUNK, -1 if t.dtype == torch.long else 0)
-                          for t in batch_hidden(model, batch, heads.num_heads)), strict=True):
-            sums, rank = head_results(heads, model.lm_head, h, y)
-            loss, count = loss + sums.cpu(), count + (y != IGNORE).sum(1).cpu()
+        for sums, rank in head_results(heads, model.lm_head, *batch_hidden(model, batch, heads.num_heads)):
+            loss, count = loss + sums.cpu(), count + (rank < heads.vocab_size).sum(1).cpu()
             top1, top5 = top1 + (rank < 1).sum(1).cpu(), top5 + (rank < 5).sum(1).cpu()
     return {name: [round(v, 4) for v in (t / count.clamp(min=1)).tolist()]
             for name, t in (("loss", loss), ("top1", top1), ("top5", top5))}
@@ -114,8 +117,7 @@ def train(model: Llama, heads: MedusaHeads, documents: list, *, epochs: int, lr:
             hidden, labels = batch_hidden(model, batch, heads.num_heads)
             count = (labels != IGNORE).sum(1).clamp(min=1)                                          # [K]
             losses, correct = torch.zeros_like(weights), torch.zeros_like(count)
-            for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK, 1), strict=True):
-                sums, rank = head_results(heads, model.lm_head, h, y)
+            for sums, rank in head_results(heads, model.lm_head, hidden, labels):
                 (weights * sums / count).sum().backward()
                 losses, correct = losses + sums.detach() / count, correct + (rank == 0).sum(1)
             optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps, warmup)
@@ -154,6 +156,7 @@ def main():
     args = arguments()
     torch.manual_seed(args.seed)
     model = Llama.from_pretrained(args.model, device=args.device)
+    set_threads(model, rows=64)
     tokenizer = Tokenizer(args.model, model.config)
     context = model.config.max_position_embeddings
     documents = [piece for path in args.data for d in read_tokens(path, tokenizer)

@@ -1,6 +1,6 @@
 """Pretrains the embedded checkpoint: TinyLLama-v0's architecture, from scratch, on TinyStories. See model/README.md.
 
-    torchrun --nproc-per-node 2 model/pretrain.py --train stories.txt --valid held-out.txt --steps 12000
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 model/pretrain.py --train stories.txt --valid held-out.txt
 
 One thread a process: at this size two processes with a thread each are faster than one with two threads. A row is one
 whole story, `<s> story </s>`; rows of like length share a batch. The checkpoint resumes exactly: the order of the data
@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT.parent), str(ROOT)]
-import llama  # noqa: E402
 from attention import causal_attention  # noqa: E402
+
+import llama  # noqa: E402
+from train_heads import length_batches  # noqa: E402
 
 llama.causal_attention = causal_attention     # torch's own kernel at head_dim 4 takes two thirds of a training step
 # glibc gives large blocks back to the kernel and faults them in again at every step: 1.2 times the time. Keep them.
@@ -39,20 +41,6 @@ def load_stories(path: str, tokenizer: Tokenizer) -> tuple[list[list[int]], int]
     """Stories as ids with bos and eos, and the text's length in bytes."""
     texts = [t.strip() for t in Path(path).read_text(encoding="utf-8").split("<|endoftext|>") if t.strip()]
     return [e.ids + [2] for e in tokenizer.encode_batch(texts)], sum(len(t.encode()) for t in texts)
-
-
-def batches(stories: list, tokens: int, seed: int):
-    """One epoch: lists of stories of like length (jittered, so batches differ between epochs), in random order."""
-    g = torch.Generator().manual_seed(seed)
-    jitter = 1 + 0.06 * torch.rand(len(stories), generator=g)
-    order = sorted(range(len(stories)), key=lambda i: len(stories[i]) * jitter[i].item())
-    groups, group = [], []
-    for i in order:
-        group.append(stories[i])
-        if max(map(len, group)) * len(group) >= tokens:
-            groups.append(group)
-            group = []
-    return [groups[i] for i in torch.randperm(len(groups), generator=g).tolist()]    # a last partial batch is dropped
 
 
 class CrossEntropySum(torch.autograd.Function):
@@ -87,16 +75,17 @@ def loss_sum(model, body, rows: list) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(model, stories: list, size: int) -> dict:
-    """Held-out loss, this process's share of the rows summed over all; bits per byte count eos's bits, not its bytes."""
+    """Held-out loss, each process's rows summed over all; eos counts among the tokens, not among the `size` bytes."""
     rows = sorted(stories, key=len)[RANK::WORLD]
     total = sum(loss_sum(model, model, rows[i:i + 16]).double() for i in range(0, len(rows), 16))
     if WORLD > 1:
         dist.all_reduce(total)
     tokens = sum(len(s) - 1 for s in stories)
-    return {"loss": total.item() / tokens, "bits_per_byte": total.item() / math.log(2) / size}
+    return {"valid_loss": total.item() / tokens, "valid_bits_per_byte": total.item() / math.log(2) / size}
 
 
 def initialise(model):
+    """Small embeddings, matrices that keep the scale, and layers that start as the identity."""
     torch.manual_seed(0)
     for name, p in model.named_parameters():
         if p.dim() == 2:
@@ -104,19 +93,55 @@ def initialise(model):
             p.data.normal_(0, 0 if "o_proj" in name or "down_proj" in name else std)
 
 
-def main():
+def make_optimizers(model, args) -> list:
+    """Muon for the matrices inside the layers, AdamW for the rest."""
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    inside = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in inside]
+    return [torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="original"),
+            torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)]
+
+
+def sum_gradients(model, loss: torch.Tensor) -> float:
+    """Adds up gradients and loss over the processes, clips the gradient at norm 1, returns the loss."""
+    gradients = [p.grad for p in model.parameters()]
+    flat = torch.cat([g.flatten() for g in gradients] + [loss.detach()[None]])
+    if WORLD > 1:
+        dist.all_reduce(flat)
+    flat[:-1] *= (1 / flat[:-1].norm()).clamp(max=1)
+    parts = flat[:-1].split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    return flat[-1].item()
+
+
+def data_from(stories: list, tokens: int, step: int):
+    """(epoch, stories of the step) from `step` on, without end; the order is a function of the epoch alone."""
+    epoch, first = 0, 0
+    while True:
+        groups = length_batches(stories, tokens, seed=epoch)
+        for i, group in enumerate(groups):
+            if first + i >= step:
+                yield epoch, group
+        epoch, first = epoch + 1, first + len(groups)
+
+
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--train", required=True)
     parser.add_argument("--valid", required=True)
     parser.add_argument("--out", default=str(ROOT / "pretrained"), help="checkpoint, log and the model at the end")
-    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=8800)
     parser.add_argument("--decay", type=int, default=5000, help="of these, the last with a falling learning rate")
-    parser.add_argument("--tokens", type=int, default=8192, help="a step, over all processes")
+    parser.add_argument("--tokens", type=int, default=8192, help="a step, padding included, over all processes")
     parser.add_argument("--lr", type=float, default=0.02, help="Muon's, for the matrices inside the layers")
     parser.add_argument("--adam-lr", type=float, default=0.004, help="AdamW's, for embeddings, lm_head and norms")
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--save-every", type=int, default=250)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
     torch.set_num_threads(1)
     if WORLD > 1:
         dist.init_process_group("gloo")
@@ -125,16 +150,12 @@ def main():
     tokenizer = Tokenizer.from_file(str(ROOT / "tokenizer.json"))
     train, _ = load_stories(args.train, tokenizer)
     valid, valid_bytes = load_stories(args.valid, tokenizer)
+    sample = valid[:200], sum(len(tokenizer.decode(s).encode()) for s in valid[:200])
 
     model = llama.Llama(CONFIG)
     initialise(model)
-    body = torch.compile(model, dynamic=True)
-    matrices = [p for n, p in model.layers.named_parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, adjust_lr_fn="original"),
-                  torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)]
-    peaks, step, seconds = (args.lr, args.adam_lr), 0, 0.0
-    checkpoint = out / "checkpoint.pt"
+    body, optimizers, step, seconds = torch.compile(model, dynamic=True), make_optimizers(model, args), 0, 0.0
+    checkpoint, peaks = out / "checkpoint.pt", (args.lr, args.adam_lr)
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -142,38 +163,29 @@ def main():
             o.load_state_dict(state)
         step, seconds = saved["step"], saved["seconds"]
 
-    epoch, epoch_start, groups = -1, 0, []
     bar = tqdm(total=args.steps, initial=step, disable=RANK > 0, smoothing=0.02)
-    since, seen, running = time.perf_counter(), 0, 0.0
-    while step < args.steps:
-        while step >= epoch_start + len(groups):
-            epoch, epoch_start = epoch + 1, epoch_start + len(groups)
-            groups = batches(train, args.tokens, seed=epoch)
-        rows = groups[step - epoch_start]
-        scale = min(1, (step + 1) / 200, (args.steps - step) / max(args.decay, 1))
+    since, seen, losses = time.perf_counter(), 0, []
+    for epoch, rows in data_from(train, args.tokens, step):
+        if step >= args.steps:
+            break
         count = sum(len(r) - 1 for r in rows)
         loss = loss_sum(model, body, rows[RANK::WORLD]) / count
         loss.backward()
-        gradients = [p.grad for p in model.parameters()]
-        flat = torch.cat([g.flatten() for g in gradients] + [loss.detach()[None]])
-        if WORLD > 1:
-            dist.all_reduce(flat)
-        flat[:-1] *= (1 / flat[:-1].norm()).clamp(max=1)                                          # clip at norm 1
-        torch._foreach_copy_(gradients, [f.view_as(g) for f, g in zip(
-            flat[:-1].split([g.numel() for g in gradients]), gradients, strict=True)])
+        losses.append(sum_gradients(model, loss))
+        scale = min(1, (step + 1) / 200, (args.steps - step) / max(args.decay, 1))
         for o, peak in zip(optimizers, peaks, strict=True):
             o.param_groups[0]["lr"] = peak * scale
             o.step()
             o.zero_grad()
-        step, seen, running = step + 1, seen + count, running + flat[-1].item()
+        step, seen = step + 1, seen + count
         bar.update()
         if step % args.save_every == 0 or step == args.steps:
-            seconds += time.perf_counter() - since
-            line = {"step": step, "epoch": epoch, "loss": running / ((step - 1) % args.save_every + 1),
-                    "tokens_per_second": seen / (time.perf_counter() - since), "seconds": seconds, "lr": args.lr * scale,
-                    **{f"valid_{k}": v for k, v in evaluate(model, valid if step == args.steps else valid[:200],
-                       valid_bytes if step == args.steps else sum(len(tokenizer.decode(s).encode()) for s in valid[:200])).items()}}
-            since, seen, running = time.perf_counter(), 0, 0.0
+            took = time.perf_counter() - since
+            seconds += took
+            line = {"step": step, "epoch": epoch, "loss": sum(losses) / len(losses), "tokens_per_second": seen / took,
+                    "seconds": seconds, "lr": args.lr * scale,
+                    **evaluate(model, *((valid, valid_bytes) if step == args.steps else sample))}
+            since, seen, losses = time.perf_counter(), 0, []
             if RANK == 0:
                 bar.set_postfix(loss=f"{line['loss']:.3f}", valid=f"{line['valid_bits_per_byte']:.4f}")
                 with (out / "log.jsonl").open("a") as log:

@@ -20,8 +20,9 @@ MODEL = ROOT / "model"
 def tiny_llama(seed=0, dtype=torch.float64, std=0.35, **over) -> Llama:
     """A random Llama, float64 by default so that equality can be exact."""
     torch.manual_seed(seed)
-    model = Llama(LlamaConfig(**{"vocab_size": 12, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                                 "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96} | over))
+    config = {"vocab_size": 12, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96}
+    model = Llama(LlamaConfig(**config | over))
     for p in model.parameters():
         p.data.normal_(0, std) if p.dim() == 2 else p.data.uniform_(0.5, 1.5)
     model = model.to(dtype)
@@ -78,7 +79,7 @@ def tiny_folder(tmp_path) -> Path:
 
 @pytest.fixture
 def cli(monkeypatch, capfd):
-    """cli("generate", "--json", ...) → (exit status, stdout, stderr), through the script's own main, in this process."""
+    """cli("generate", "--json", ...) → (exit status, stdout, stderr), by the script's own main, in this process."""
     def run(script, *args):
         module = __import__(script)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])

@@ -7,7 +7,6 @@ from conftest import MODEL, ROOT, tiny_llama
 from llama import Tokenizer, write_json
 
 
-
 def run_json(cli, *args):
     status, out, err = cli("generate", "--json", *args)
     assert status == 0 and err == "", err

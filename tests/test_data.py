@@ -1,12 +1,9 @@
-"""Token files: what goes in comes out, nothing half-written passes for whole; self-distilled text is the model's own."""
+"""Token files: what goes in comes out, nothing half-written passes; self-distilled text is the model's own."""
 import json
 
-import numpy as np
 import pytest
-import torch
 from conftest import byte_tokenizer, tiny_heads, tiny_llama
 
-import prepare_data
 from llama import LlamaConfig, Tokenizer, UserError
 from prepare_data import read_tokens, self_distilled, texts_between, tokenised, write_tokens
 from tinymedusa import Sampling, Tree, generate, published_tree
@@ -22,7 +19,8 @@ def test_text_to_tokens_and_back(tmp_path, tokenizer):
     stories = ["A dog.\nIt was happy.\n\nThe end.", "Once upon a time", "é ü 你好"]
     (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(["", *stories, "  \n "]), encoding="utf-8")
     assert list(texts_between(tmp_path / "s.txt", "<|endoftext|>")) == stories
-    facts = write_tokens(tmp_path / "s.bin", tokenised(iter(stories), tokenizer, batch_size=2), tokenizer, 300, {"text": "s"})
+    documents = tokenised(iter(stories), tokenizer, batch_size=2)
+    facts = write_tokens(tmp_path / "s.bin", documents, tokenizer, 300, {"text": "s"})
     documents = read_tokens(tmp_path / "s.bin", tokenizer)
     assert [tokenizer.decode(d) for d in documents] == stories
     assert all(d[0] == 1 and d[-1] == 2 and 1 not in d[1:] for d in documents)
@@ -91,5 +89,3 @@ def test_the_two_commands(tiny_folder, tmp_path, cli):
     assert [tokenizer.decode(d) for d in read_tokens(tmp_path / "t.bin", tokenizer)] == ["the dog was happy", "the end"]
     assert status == 0 and all(tokenizer.decode(d).startswith(("the dog", "once upon", "a time"))
                                for d in read_tokens(tmp_path / "d" / "o.bin", tokenizer))
-    assert np.dtype(np.uint16).itemsize * 2 < (tmp_path / "t.bin").stat().st_size and torch.is_inference_mode_enabled() is False
-    assert prepare_data.tokenizer_hash(tokenizer)

@@ -1,4 +1,4 @@
-"""The great equality: whatever the tree, the heads, the temperature and the batch, Medusa's tokens are plain decoding's."""
+"""The great equality: whatever the tree, heads, temperature and batch, Medusa's tokens are plain decoding's."""
 import random
 
 import pytest

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from llama import UserError, read_json, write_json
 from tinymedusa import MedusaHeads
 
-KINDS = [{}, {"num_layers": 2}, {"tie_lm_head": True}, {"width": 16, "tie_lm_head": True}, {"width": 48, "num_layers": 2}]
+KINDS = [{}, {"num_layers": 2}, {"tie_lm_head": True}, {"width": 16, "tie_lm_head": True},
+         {"width": 48, "num_layers": 2}]
 
 
 def slow_logits(tensors, k, layers, hidden, lm_head):

@@ -64,13 +64,15 @@ def test_sharded(tmp_path):
 
 
 def test_bfloat16_on_request(tmp_path):
-    twin = hf_twin(tmp_path, **TINY).to(torch.bfloat16)
+    """Rounds elsewhere than transformers does, but no worse: measured against float32."""
+    twin, ids = hf_twin(tmp_path, **TINY), torch.randint(3, 320, (4, 40))
     ours = Llama.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert ours.embed_tokens.weight.dtype == torch.bfloat16 and ours.rotary.dtype == torch.float32
-    ids = torch.randint(3, 320, (1, 40))
     with torch.no_grad():
-        a, b = twin(ids).logits.float(), ours.lm_head(ours(ids)).float()
-    assert (a - b).norm() / a.norm() < 0.03
+        exact, mine = twin(ids).logits, ours.lm_head(ours(ids)).float()
+        theirs = twin.to(torch.bfloat16)(ids).logits.float()
+    print(f"bfloat16: distance to float32 {(mine - exact).norm():.3f}, transformers' {(theirs - exact).norm():.3f}")
+    assert (mine - exact).norm() < 1.1 * (theirs - exact).norm()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -91,7 +93,8 @@ def test_config_defaults_are_those_of_hf():
         if field not in ("dtype", "rope_theta"):
             assert getattr(ours, field) == getattr(theirs, field), field
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.dtype == "float32"
-    written = transformers.LlamaConfig(**old | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}).to_dict()
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    written = transformers.LlamaConfig(**old, rope_parameters=rope).to_dict()
     assert LlamaConfig.from_dict(written).rope_theta == 5e5
     assert LlamaConfig.from_dict(old | {"rope_theta": 7e4, "torch_dtype": "bfloat16"}).rope_theta == 7e4
     assert LlamaConfig.from_dict(old | {"eos_token_id": [2, 9]}).eos_token_ids == (2, 9)

@@ -40,7 +40,7 @@ def test_losses_and_ranks_against_their_definition():
     labels = torch.randint(0, 12, (2, 9))
     labels[1, 4:] = IGNORE
     with torch.no_grad():
-        sums, rank = head_results(heads, model.lm_head, hidden, labels)
+        (sums, rank), = head_results(heads, model.lm_head, hidden, labels)
         logits = heads.logits(heads.features(hidden), model.lm_head)
     for k in range(2):
         real = labels[k] != IGNORE
@@ -53,8 +53,8 @@ def test_losses_and_ranks_against_their_definition():
 def test_chunks_give_the_gradient_of_the_whole(monkeypatch):
     documents = [np.array([1, *np.random.default_rng(i).integers(3, 12, 20)]) for i in range(4)]
     results = []
-    for chunk in (1000, 7):
-        monkeypatch.setattr(train_heads, "CHUNK", chunk)
+    for logits in (10 ** 6, 7 * 2 * 12):                                         # all at once, 7 positions at once
+        monkeypatch.setattr(train_heads, "LOGITS", logits)
         model = tiny_llama()
         heads = tiny_heads(model, 2)
         train(model, heads, documents, epochs=2, lr=1e-2, warmup=1, decay=0.8, batch_tokens=50, seed=0)
@@ -105,7 +105,8 @@ def test_schedule_and_batches():
 
 def test_the_command(tiny_folder, tmp_path, cli):
     (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(f"the dog {'was happy ' * (i % 5)}" for i in range(60)))
-    assert cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out", tmp_path / "s.bin")[0] == 0
+    assert cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out",
+               tmp_path / "s.bin")[0] == 0
     status, out, err = cli("train_heads", "--model", tiny_folder, "--data", tmp_path / "s.bin", "--out", tmp_path / "h",
                            "--num-heads", 2, "--tie-lm-head", "--width", 16, "--epochs", 20, "--lr", 0.02)
     result = json.loads(out)

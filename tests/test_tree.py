@@ -20,7 +20,7 @@ def test_tables_against_their_definition(seed):
         for j, q in enumerate(tree.paths):
             assert tree.ancestors[i, j] == (p[:len(q)] == q)
         for j in range(tree.path.shape[1]):
-            assert tree.path[i, j] >= j                                          # keeping rows never overwrites an unread one
+            assert tree.path[i, j] >= j                                          # an unread row is never overwritten
             assert j > len(p) or tree.paths[tree.path[i, j]] == p[:j]
 
 
