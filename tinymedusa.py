@@ -50,6 +50,15 @@ def published_tree(num_heads: int, nodes: int = 15) -> list[list[int]]:
     return [path for path in PUBLISHED_TREE if len(path) <= num_heads][:nodes]
 
 
+def grow_tree(hits: dict[tuple, int], nodes: int) -> list[list[int]]:
+    """The `nodes` paths that were right most often; `hits`: path of ranks → places where all of it was right.
+
+    A path is right only where its ancestors are, so the most frequent ones always form a tree, and of all trees of
+    this size it is the one with the most expected accepted tokens at a place (section 2.3.3, with joint counts).
+    """
+    return [list(path) for path in sorted(hits, key=lambda path: (-hits[path], len(path), path))[:nodes]]
+
+
 class Tree(NamedTuple):
     """A static tree of candidates. Node 0 is the root, the base's own token; parents precede their children."""
     paths: list        # node → the ranks on its way from the root: [] the root, [0, 2] rank 2 of head 2 after rank 0

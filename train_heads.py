@@ -5,10 +5,13 @@
 
 Head k = 1..K sees the base's hidden state at position t and learns the token at t + 1 + k (the base's own lm_head
 already guesses t + 1). Its loss is the mean cross entropy, weighted by --decay to the power k. A row of a batch is one
-whole document, so nothing attends across documents. Every 50th document is held out, and measured at the end.
+whole document, so nothing attends across documents. Every 50th document is held out: at the end it gives each head's
+accuracy, and `tree.json`, the candidate tree that fits these heads.
 """
+import itertools
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -16,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from llama import ArgumentParser, Llama, Tokenizer, UserError, command_line
+from llama import ArgumentParser, Llama, Tokenizer, UserError, command_line, write_json
 from prepare_data import read_tokens
-from tinymedusa import MedusaHeads, set_threads
+from tinymedusa import MedusaHeads, grow_tree, set_threads
 
 IGNORE = -100           # cross_entropy's own mark for positions that carry no loss
 LOGITS = 2 ** 22        # logits in memory at once: positions are taken in chunks of LOGITS / (K V)
@@ -86,15 +89,23 @@ def batch_hidden(model: Llama, documents: list, num_heads: int) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: int) -> dict:
-    """On held-out documents, per head: mean cross entropy in nats, share of labels ranked first, and in the first 5."""
-    loss, top1, top5, count = (torch.zeros(heads.num_heads, dtype=torch.float64) for _ in range(4))
-    for batch in length_batches(documents, batch_tokens, seed=0):
-        for sums, rank in head_results(heads, model.lm_head, *batch_hidden(model, batch, heads.num_heads)):
-            loss, count = loss + sums.cpu(), count + (rank < heads.vocab_size).sum(1).cpu()
-            top1, top5 = top1 + (rank < 1).sum(1).cpu(), top5 + (rank < 5).sum(1).cpu()
-    return {name: [round(v, 4) for v in (t / count.clamp(min=1)).tolist()]
-            for name, t in (("loss", loss), ("top1", top1), ("top5", top5))}
+def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: int) -> tuple[dict, Tensor]:
+    """Per head: mean cross entropy in nats, share of labels ranked first and in the first 5; and all ranks [K, T]."""
+    results = [r for batch in length_batches(documents, batch_tokens, seed=0)
+               for r in head_results(heads, model.lm_head, *batch_hidden(model, batch, heads.num_heads))]
+    loss, rank = sum(sums.double() for sums, _ in results), torch.cat([r for _, r in results], 1)
+    count = (rank < heads.vocab_size).sum(1).clamp(min=1)
+    figures = {"loss": loss / count, "top1": (rank < 1).sum(1) / count, "top5": (rank < 5).sum(1) / count}
+    return {name: [round(v, 4) for v in figure.tolist()] for name, figure in figures.items()}, rank
+
+
+def path_hits(rank: Tensor, widest: int = 10) -> Counter:
+    """Ranks of the right tokens [K, T] → for each path of ranks below `widest`, the places where all of it was right."""
+    hits = Counter()
+    for place in rank.t().tolist():
+        right = list(itertools.takewhile(lambda r: r < widest, place))
+        hits.update(tuple(right[:depth]) for depth in range(1, len(right) + 1))
+    return hits
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
@@ -143,10 +154,11 @@ def arguments(argv=None):
     parser.add_argument("--warmup", type=int, default=40, help="steps")
     parser.add_argument("--decay", type=float, default=0.8, help="head k's loss counts decay**k")
     parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--tree-nodes", type=int, default=15, help="of tree.json, the root not counted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
-    for name in ("num_heads", "num_layers", "width", "epochs", "batch_tokens"):
+    for name in ("num_heads", "num_layers", "width", "epochs", "batch_tokens", "tree_nodes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
     return args
@@ -169,8 +181,11 @@ def main():
     train(model, heads, documents, epochs=args.epochs, lr=args.lr, warmup=args.warmup, decay=args.decay,
           batch_tokens=args.batch_tokens, seed=args.seed)
     heads.save(args.out, base_model=args.model)
+    figures, rank = evaluate(model, heads, held_out, args.batch_tokens)
+    write_json(Path(args.out) / "tree.json", {"paths": grow_tree(path_hits(rank), args.tree_nodes),
+                                              "source": f"{rank.shape[1]} held-out places of the heads' own data"})
     print(json.dumps({"out": args.out, "parameters": sum(p.numel() for p in heads.parameters()),
-                      "held_out_documents": len(held_out), **evaluate(model, heads, held_out, args.batch_tokens)}))
+                      "held_out_documents": len(held_out), **figures}))
 
 
 if __name__ == "__main__":

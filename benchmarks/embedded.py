@@ -1,6 +1,6 @@
 """What the embedded model and its heads are worth: the figures of README.md and model/README.md.
 
-    python benchmarks/embedded.py                                  # tokens per step and speed over 100 held-out openings
+    python benchmarks/embedded.py                        # tokens per step and speed over 100 held-out openings
     python benchmarks/embedded.py --temperature 0.8
     python benchmarks/embedded.py --valid held-out.txt             # the held-out loss and bits per byte as well
 
@@ -64,8 +64,8 @@ def main():
     tree = Tree.from_paths(published_tree(heads.num_heads, args.nodes), heads.num_heads, model.config.vocab_size)
     tokenizer = Tokenizer(args.model, model.config)
     set_threads(model, args.threads)
-    print(f"{torch.get_num_threads()} thread(s), temperature {args.temperature}, {args.max_new_tokens} new tokens or to "
-          f"the end of the story, tree of {len(tree.paths)} nodes (root included)")
+    print(f"{torch.get_num_threads()} thread(s), temperature {args.temperature}, {args.max_new_tokens} new tokens or "
+          f"to the end of the story, tree of {len(tree.paths)} nodes (root included)")
     if args.valid:
         print(" ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
                        for k, v in held_out_loss(model, tokenizer, args.valid).items()))

@@ -4,6 +4,7 @@ import json
 import pytest
 from conftest import byte_tokenizer, tiny_heads, tiny_llama
 
+import prepare_data
 from llama import LlamaConfig, Tokenizer, UserError
 from prepare_data import read_tokens, self_distilled, texts_between, tokenised, write_tokens
 from tinymedusa import Sampling, Tree, generate, published_tree
@@ -30,7 +31,7 @@ def test_text_to_tokens_and_back(tmp_path, tokenizer):
     assert [d.tolist() for d in read_tokens(tmp_path / "wide.bin", tokenizer)] == [[1, 70000, 2]]
 
 
-def test_an_interrupted_run_leaves_nothing_that_passes_for_whole(tmp_path, tokenizer):
+def test_an_interrupted_run_leaves_nothing_that_passes_for_whole(tmp_path, tokenizer, monkeypatch):
     def documents():
         yield [1, 5, 2]
         raise KeyboardInterrupt
@@ -41,6 +42,11 @@ def test_an_interrupted_run_leaves_nothing_that_passes_for_whole(tmp_path, token
     with pytest.raises(KeyboardInterrupt):                                       # the old file is still whole
         write_tokens(tmp_path / "a.bin", documents(), tokenizer, 300, {})
     assert len(read_tokens(tmp_path / "a.bin", tokenizer)) == 1
+    monkeypatch.setattr(prepare_data, "write_json", lambda *a: list(documents()))
+    with pytest.raises(KeyboardInterrupt):                                       # just before the JSON is written
+        write_tokens(tmp_path / "a.bin", [[1, 7, 2]], tokenizer, 300, {})
+    with pytest.raises(UserError, match="was the preparation of"):
+        read_tokens(tmp_path / "a.bin", tokenizer)
 
 
 @pytest.mark.parametrize("damage, says", [

@@ -1,4 +1,5 @@
 """Training: head k's label, the loss and ranks against a slow definition, a corpus learned by heart, a frozen base."""
+import itertools
 import json
 import math
 
@@ -10,8 +11,18 @@ from conftest import tiny_heads, tiny_llama
 
 import train_heads
 from prepare_data import self_distilled
-from tinymedusa import GREEDY, MedusaHeads, Tree, generate
-from train_heads import IGNORE, batch_hidden, evaluate, head_labels, head_results, learning_rate, length_batches, train
+from tinymedusa import GREEDY, MedusaHeads, Tree, generate, grow_tree
+from train_heads import (
+    IGNORE,
+    batch_hidden,
+    evaluate,
+    head_labels,
+    head_results,
+    learning_rate,
+    length_batches,
+    path_hits,
+    train,
+)
 
 
 def test_head_k_learns_the_token_k_plus_1_places_on():
@@ -89,7 +100,20 @@ def test_a_tiny_corpus_learned_by_heart(kind, rows):
     row_steps = sum(bool(s[row]) for s in steps[1:] for row in range(rows))
     print(f"{kind}: {emitted / row_steps:.2f} tokens per step of at most 4")
     assert emitted / row_steps >= 0.9 * 4
-    assert min(evaluate(model, heads, documents, 1000)["top1"]) > 0.95
+    assert min(evaluate(model, heads, documents, 1000)[0]["top1"]) > 0.95
+
+
+def test_the_tree_is_grown_from_joint_hits():
+    """Slow definition: a node's worth is the share of places where its whole path is right; take the best 6."""
+    rank = torch.randint(0, 4, (3, 400), generator=torch.Generator().manual_seed(0)) * \
+        torch.tensor([[1], [1], [3]])                                            # head 3 is worse
+    rank[:, ::9] = 12                                                            # no label, or beyond the vocabulary
+    worth = {p: sum(rank[:len(p), t].tolist() == list(p) for t in range(400))
+             for d in (1, 2, 3) for p in itertools.product(range(10), repeat=d)}
+    best = grow_tree(path_hits(rank), 6)
+    Tree.from_paths(best, 3, 12)
+    assert sum(worth[tuple(p)] for p in best) == sum(sorted(worth.values(), reverse=True)[:6])
+    assert sum(path_hits(rank).values()) == sum(worth.values())
 
 
 def test_schedule_and_batches():
@@ -116,3 +140,5 @@ def test_the_command(tiny_folder, tmp_path, cli):
     status, out, _ = cli("generate", "--model", tiny_folder, "--heads", tmp_path / "h", "--prompt", "the dog", "--json",
                          "--max-new-tokens", 20, "--compare")
     assert status == 0 and json.loads(out)["identical"]
+    paths = json.loads((tmp_path / "h" / "tree.json").read_text())["paths"]
+    assert [0] in paths and len(paths) <= 15
