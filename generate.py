@@ -10,11 +10,23 @@ exactly 1 for plain decoding. seconds is prefill and decoding together, without 
 """
 import json
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
 
-from llama import DTYPES, ArgumentParser, Llama, Tokenizer, UserError, command_line, locate
+from llama import (
+    DTYPES,
+    SEED,
+    ArgumentParser,
+    Llama,
+    Tokenizer,
+    UserError,
+    command_line,
+    device,
+    locate,
+    number,
+)
 from tinymedusa import (
     MedusaHeads,
     Sampling,
@@ -29,6 +41,7 @@ from tinymedusa import (
     uniforms,
 )
 
+REPEATS = 3     # timed runs of each mode with --compare, in turns; the median is reported
 OPENING = "Once upon a time, there was a little girl named Lily who loved to play in the garden."
 
 
@@ -36,21 +49,18 @@ OPENING = "Once upon a time, there was a little girl named Lily who loved to pla
 
 def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None]:
     """The heads of --heads, by default those in `medusa/` inside the model's folder, and their tree."""
-    if args.heads == "none":
-        return None, None
     folder = args.heads
-    if folder is None:
-        config = locate(args.model, "medusa/config.json", args.revision, required=False)
-        if config is None:
-            return None, None
+    if folder is None and (config := locate(args.model, "medusa/config.json", args.revision, required=False)):
         for name in ("medusa/model.safetensors", "medusa/tree.json"):      # from a hub: fetched beside the config
             locate(args.model, name, args.revision, required=False)
         folder = config.parent
+    if folder in (None, "none"):
+        if args.tree is not None:
+            raise UserError("--tree needs heads: give --heads FOLDER")
+        return None, None
     heads = MedusaHeads.from_pretrained(folder, model)
-    paths = read_tree(args.tree) if args.tree else None
-    if paths is None and (tuned := locate(folder, "tree.json", required=False)):
-        paths = read_tree(tuned)
-    paths = published_tree(heads.num_heads) if paths is None else paths
+    tree = args.tree if args.tree is not None else locate(folder, "tree.json", required=False)
+    paths = published_tree(heads.num_heads) if tree is None else read_tree(tree)
     return heads, Tree.from_paths(paths, heads.num_heads, model.config.vocab_size)
 
 
@@ -60,11 +70,11 @@ def read_tree(text) -> list:
     if source[:1] not in ("[", "{"):
         try:
             source = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"can't read the tree {text}: {error}") from error
     try:
         tree = json.loads(source)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the tree is not valid JSON: {error}") from error
     if isinstance(tree, dict) and "paths" not in tree:
         raise UserError("the tree is a JSON object without the key 'paths'")
@@ -79,17 +89,19 @@ def run(model: Llama, tokenizer: Tokenizer, ids: list, args, seed: int, heads, t
     decode = tokenizer.stream(ids)
     steps = generate(model, [ids], args.max_new_tokens, heads=heads, tree=tree, sampling=sampling(args), seeds=[seed],
                      max_steps=args.max_steps, run=stages if args.profile else call)
-    new, count, seconds = [], -1, 0.0                       # the first that `generate` yields is the prefill's token
+    new, count, seconds, text = [], -1, 0.0, ""             # the first that `generate` yields is the prefill's token
     while True:
         begin = time.perf_counter()
         tokens = next(steps, None)
         seconds += time.perf_counter() - begin
+        piece = decode([], end=True) if tokens is None else decode(tokens[0])
+        text += piece
+        emit(piece)
         if tokens is None:
             break
         new, count = new + tokens[0], count + 1
-        emit("".join(map(decode, tokens[0])))
     totals = {name: {"calls": len(t), "total_ms": round(1000 * sum(t), 3)} for name, t in stages.seconds.items()}
-    return {"token_ids": new, "new_tokens": len(new), "steps": count,
+    return {"text": text, "token_ids": new, "new_tokens": len(new), "steps": count,
             "tokens_per_step": round((len(new) - 1) / count, 4) if count > 0 else None,
             "seconds": round(seconds, 6), "tokens_per_second": round(len(new) / seconds, 2), "stages": totals}
 
@@ -100,9 +112,9 @@ def sampling(args) -> Sampling:
 
 def first_difference(model: Llama, prompt: list, ours: list, plain: list, args, seed: int) -> dict | None:
     """Where two outputs part, and how near the base's choice was to another there (0: a tie)."""
-    common = min(len(ours), len(plain))                      # with --max-steps one may simply be longer
-    position = next((i for i in range(common) if ours[i] != plain[i]), None)
-    if position is None:
+    common = min(len(ours), len(plain))
+    position = next((i for i in range(common) if ours[i] != plain[i]), common)
+    if ours == plain or position == common and args.max_steps:      # with --max-steps one may simply be longer
         return None
     with torch.inference_mode():
         ids = torch.tensor([prompt + plain[:position]], device=args.device)
@@ -121,28 +133,22 @@ def printer(args, before: str):
     return emit
 
 
-def warm_up(model: Llama, ids: list, heads, tree) -> None:
-    for h, t in ((None, None), (heads, tree)):
-        for _ in generate(model, [ids], 16, heads=h, tree=t, max_steps=4, eos=()):
-            pass
-
-
 def one_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, ids: list, seed: int, heads, tree, args) -> dict:
     """Everything about one prompt, as `--json` prints it; without --json the text streams to the terminal meanwhile."""
-    baseline = None
-    if args.compare:
-        warm_up(model, ids, heads, tree)
-        baseline = run(model, tokenizer, ids, args, seed, None, None, printer(args, f"--- plain\n{prompt}"))
-    title = f"\n\n--- {'medusa' if heads else 'plain'}\n" if baseline else ""
-    result = run(model, tokenizer, ids, args, seed, heads, tree, printer(args, title + prompt))
-    result = {"prompt": prompt, "text": tokenizer.decode(result["token_ids"]), "prompt_tokens": len(ids), **result}
-    if baseline:
-        same = min(len(baseline["token_ids"]), len(result["token_ids"])) if args.max_steps else None
-        result |= {"baseline": baseline, "identical": baseline["token_ids"][:same] == result["token_ids"][:same],
-                   "speedup": round(result["tokens_per_second"] / baseline["tokens_per_second"], 3),
-                   "first_difference": first_difference(model, ids, result["token_ids"], baseline["token_ids"], args,
-                                                        seed)}
-    return result
+    decode = lambda heads, tree, emit=lambda text: None: run(model, tokenizer, ids, args, seed, heads, tree, emit)
+    if not args.compare:
+        return {"prompt": prompt, "prompt_tokens": len(ids), **decode(heads, tree, printer(args, prompt))}
+    # once to read, which warms both up too, then in turns, so that what else the machine does hits both alike
+    decode(None, None, printer(args, f"--- plain\n{prompt}"))
+    decode(heads, tree, printer(args, f"\n\n--- {'medusa' if heads else 'plain'}\n{prompt}"))
+    runs = [(decode(None, None), decode(heads, tree)) for _ in range(REPEATS)]
+    baseline, result = (sorted(rs, key=lambda r: r["seconds"])[REPEATS // 2] for rs in zip(*runs, strict=True))
+    result = {"prompt": prompt, "prompt_tokens": len(ids), **result}
+    same = min(len(baseline["token_ids"]), len(result["token_ids"])) if args.max_steps else None
+    part = first_difference(model, ids, result["token_ids"], baseline["token_ids"], args, seed)
+    return result | {
+        "baseline": baseline, "identical": baseline["token_ids"][:same] == result["token_ids"][:same],
+        "speedup": round(baseline["seconds"] / result["seconds"], 3), "first_difference": part}
 
 
 # ---------------------------------------------------------------------------------------------------------- report
@@ -168,42 +174,38 @@ def report(result: dict, heads) -> str:
     return "\n".join(lines) + "\n"
 
 
+def threads(text: str):
+    return text if text == "auto" else number(int, 1, 1024)(text)
+
+
+def text_argument(text: str) -> str:
+    try:
+        return text if text.encode() else text
+    except UnicodeEncodeError:
+        raise ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
+
+
 def arguments(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], epilog="Examples: at the top of generate.py.")
     parser.add_argument("--model", default=str(Path(__file__).parent / "model"), help="folder or hub id")
     parser.add_argument("--heads", help="folder, hub id or 'none' (default: medusa/ in the model's folder)")
     parser.add_argument("--revision", help="of the model on the hub")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be repeated")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--max-steps", type=int, help="end after so many decoding steps, plain or Medusa")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the most likely token")
-    parser.add_argument("--top-k", type=int, default=0, help="0: no limit")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0, help="prompt i draws from seed + i")
+    parser.add_argument("--prompt", action="append", type=text_argument, metavar="TEXT", help="may be repeated")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=256)
+    parser.add_argument("--max-steps", type=number(int, 1), help="end after so many decoding steps, plain or Medusa")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: always the most likely token")
+    parser.add_argument("--top-k", type=number(int, 0), default=0, help="0: no limit")
+    parser.add_argument("--top-p", type=number(float, 1e-9, 1), default=1.0)
+    parser.add_argument("--seed", type=SEED, default=0, help="prompt i draws from seed + i")
     parser.add_argument("--tree", metavar="JSON|FILE", help="list of paths of ranks, or an object with 'paths' "
                         "(default: tree.json in the heads' folder, else 15 nodes of the published mc_sim_7b_63)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on the CPU, else the checkpoint's")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", default="auto", help="a number, or auto: measured at start")
+    parser.add_argument("--device", type=device, default="cpu")
+    parser.add_argument("--threads", type=threads, default="auto", help="a number, or auto: measured at start")
     parser.add_argument("--compare", action="store_true", help="decode plainly too: same tokens? what speed-up?")
     parser.add_argument("--profile", action="store_true", help="time each stage")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt, nothing else on stdout")
-    args = parser.parse_args(argv)
-    limits = [("temperature", 0 <= args.temperature < float("inf"), "0 or more"),
-              ("top_k", args.top_k >= 0, "0 or more"), ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-              ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
-              ("max_steps", args.max_steps is None or args.max_steps >= 1, "at least 1"),
-              ("seed", 0 <= args.seed < 2 ** 63, "0 or more and below 2**63"),
-              ("threads", args.threads == "auto" or args.threads.isdecimal() and int(args.threads) > 0,
-               "auto or at least 1")]
-    for name, fine, want in limits:
-        if not fine:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be {want}")
-    try:
-        args.device = str(torch.empty(0, device=args.device).device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {args.device} can't be used here: {str(error).splitlines()[0]}") from error
-    return args
+    return parser.parse_args(argv)
 
 
 def main():

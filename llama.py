@@ -11,17 +11,21 @@ import json
 import os
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
 class UserError(Exception):
     """Something the user can mend: the text says what was wrong and what to do. Scripts print it and exit with 2."""
 
+
+# ----------------------------------------------------------------------------------------------------- command line
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line, as all others are."""
@@ -30,19 +34,48 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def number(kind, least, most=float("inf")):
+    """An argparse type: an int or float from `least` to `most`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most or value == float("inf"):
+            limit = f"from {least} to {most}" if most < float("inf") else f"of at least {least}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' if kind is int else ''} number {limit}")
+        return value
+    return parse
+
+
+SEED = number(int, 0, 2 ** 62)
+
+
+def device(text: str) -> str:
+    """An argparse type: a torch device that exists here."""
+    try:
+        torch.empty(1, device=text).cpu()
+        return text
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} can't be used here: {reason}") from error
+
+
 def command_line(main) -> None:
     """Runs a script: an input error is one line on stderr and status 2, Ctrl-C status 130, a closed pipe the end."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # a terminal without é is no reason to stop
     try:
         main()
         sys.stdout.flush()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # else Python complains once more at its exit
+    except (UserError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -72,12 +105,22 @@ class LlamaConfig:
 
     def __post_init__(self):
         fill = lambda name, value: getattr(self, name) is None and object.__setattr__(self, name, value)
-        positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                    "num_key_value_heads", "head_dim", "max_position_embeddings")
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise UserError(f"config: {name} is {value!r}, it must be a whole number of at least 1")
+        token = lambda v: type(v) is int and 0 <= v < self.vocab_size
+        wants = {"a whole number of at least 1": lambda v: type(v) is int and v >= 1,
+                 "a positive number": lambda v: type(v) in (int, float) and 0 < v < float("inf"),
+                 "true or false": lambda v: type(v) is bool,
+                 "a token id": lambda v: v is None or token(v),
+                 "a token id or a list of them": lambda v: v is None or token(v) or
+                 isinstance(v, tuple) and all(map(token, v)),
+                 f"one of {', '.join(DTYPES)}": lambda v: isinstance(v, str) and v in DTYPES}
+        whole, positive, boolean, one_id, ids, dtype = wants
+        kinds = {"rms_norm_eps": positive, "rope_theta": positive, "tie_word_embeddings": boolean, "dtype": dtype,
+                 "attention_bias": boolean, "mlp_bias": boolean, "bos_token_id": one_id, "eos_token_id": ids}
+        for name in self.__dataclass_fields__:
+            value, want = getattr(self, name), kinds.get(name, whole)
+            optional = name in ("num_key_value_heads", "head_dim") and value is None
+            if not (optional or wants[want](value)):
+                raise UserError(f"config: {name} is {value!r}, it must be {want}")
         fill("num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UserError(f"config: hidden_size {self.hidden_size} is not divisible by num_attention_heads "
@@ -88,8 +131,6 @@ class LlamaConfig:
                             f"num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise UserError(f"config: head_dim {self.head_dim} is odd, rotary embedding needs an even one")
-        if self.dtype not in DTYPES:
-            raise UserError(f"config: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
 
     @property
     def eos_token_ids(self) -> tuple:
@@ -106,16 +147,18 @@ class LlamaConfig:
             refuse("model_type", data["model_type"], "'llama'")
         if data.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", data["hidden_act"], "'silu'")
+        for field in ("rope_scaling", "rope_parameters"):
+            if not isinstance(data.get(field) or {}, dict):
+                refuse(field, data[field], "an object")
         rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             refuse("rope_parameters" if data.get("rope_parameters") else "rope_scaling", kind, "'default'")
-        fields = {k: v for k, v in data.items() if k in cls.__dataclass_fields__}
-        fields["rope_theta"] = float(rope.get("rope_theta", data.get("rope_theta") or 10000.0))
-        fields["dtype"] = data.get("dtype") or data.get("torch_dtype") or "float32"
-        if isinstance(fields.get("eos_token_id"), list):
-            fields["eos_token_id"] = tuple(fields["eos_token_id"])
-        return cls(**fields)
+        data = {"dtype": data.get("torch_dtype"), **data}
+        data["rope_theta"] = rope.get("rope_theta", data.get("rope_theta"))
+        nullable = ("bos_token_id", "eos_token_id")      # null elsewhere: the default, as if it were absent
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+                      if k in cls.__dataclass_fields__ and (v is not None or k in nullable)})
 
     def to_dict(self) -> dict:
         """As HF writes it, in the spelling that old and new transformers both read."""
@@ -288,23 +331,23 @@ class Llama(nn.Module):
 
         Raises UserError: no such folder or file, not a Llama, tensors missing, unexpected or of another shape.
         """
-        config = LlamaConfig.from_dict(read_json(locate(name_or_path, "config.json", revision)))
-        if generation := locate(name_or_path, "generation_config.json", revision, required=False):
-            config = with_eos(config, read_json(generation).get("eos_token_id", config.eos_token_id))
+        config = load_config(name_or_path, revision)
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else DTYPES[config.dtype]
+        what, files = f"model {name_or_path}", weight_files(name_or_path, revision)
+        handles = open_tensors(files, what)
+        if "lm_head.weight" in handles:              # though the config may say tied: HF, too, takes the file's word
+            config = replace(config, tie_word_embeddings=False)
         with torch.device("meta"):
             model = cls(config)                      # shapes only: no memory, no random initialisation
-        shapes = {hf_name(name): p.shape for name, p in model.named_parameters()}
-        ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        tensors = read_tensors(weight_files(name_or_path, revision), shapes, f"model {name_or_path}", ignored)
+        tensors = read_tensors(handles, {hf_name(name): p.shape for name, p in model.named_parameters()}, what)
         for name, parameter in list(model.named_parameters()):
             owner = model.get_submodule(name.rpartition(".")[0])
             tensor = tensors.pop(hf_name(name)).to(device=device, dtype=dtype)
             setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=parameter.requires_grad))
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
-        model.rotary = rotary_table(config, at_least_float32(dtype)).to(device)
+        model.rotary = model.rotary.to(device, at_least_float32(dtype))
         return model.eval()
 
     def save(self, folder, dtype: torch.dtype | None = None) -> None:
@@ -322,14 +365,21 @@ def hf_name(name: str) -> str:
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
-def with_eos(config: LlamaConfig, eos) -> LlamaConfig:
-    """`generation_config.json` overrules the config's end-of-text ids, as in HF's generate."""
-    return LlamaConfig(**asdict(config) | {"eos_token_id": tuple(eos) if isinstance(eos, list) else eos})
+def load_config(name_or_path, revision=None) -> LlamaConfig:
+    """`config.json`; a `generation_config.json` beside it overrules the end-of-text ids, as in HF's generate."""
+    data = read_json(locate(name_or_path, "config.json", revision))
+    if generation := locate(name_or_path, "generation_config.json", revision, required=False):
+        data |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id"}
+    return LlamaConfig.from_dict(data)
 
 
 def locate(name_or_path, filename: str, revision=None, required=True) -> Path | None:
     """The local path of one file of a model: a folder's, or downloaded from the hub (only the files asked for)."""
-    folder = Path(name_or_path).expanduser()
+    try:
+        folder = Path(name_or_path).expanduser()
+        folder.exists()
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"{str(name_or_path)[:80]} is not a folder: {error}") from error
     if folder.is_dir():
         if (folder / filename).is_file() or not required:
             return folder / filename if (folder / filename).is_file() else None
@@ -340,6 +390,8 @@ def locate(name_or_path, filename: str, revision=None, required=True) -> Path | 
     try:
         return Path(hf_hub_download(str(name_or_path), filename, revision=revision))
     except errors.LocalEntryNotFoundError as error:
+        if not required:
+            return None                              # offline: the cache has what an earlier run needed
         raise UserError(f"{name_or_path}: the hub can't be reached and {filename} is not in its cache; "
                         "give a local folder or try again with a network") from error
     except errors.EntryNotFoundError as error:
@@ -347,7 +399,7 @@ def locate(name_or_path, filename: str, revision=None, required=True) -> Path | 
             return None
         raise UserError(f"{name_or_path} on the hub has no {filename}") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        said = str(error).splitlines()[0]
+        said = str(error).partition("\n")[0]
         raise UserError(f"{name_or_path}: no such folder here, and the hub says: {said}") from error
 
 
@@ -356,36 +408,40 @@ def weight_files(name_or_path, revision=None) -> list[Path]:
     index = locate(name_or_path, "model.safetensors.index.json", revision, required=False)
     if index is None:
         return [locate(name_or_path, "model.safetensors", revision)]
-    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index}: weight_map must be an object of file names")
+    shards = sorted(set(weight_map.values()))
     for name in shards:
         if Path(name).name != name:
             raise UserError(f"{index} names the shard {name!r}: a shard must lie beside its index")
     return [locate(name_or_path, name, revision) for name in shards]
 
 
-def read_tensors(files, shapes: dict, what: str, ignored=frozenset()) -> dict[str, Tensor]:
-    """Reads the tensors named in `shapes` from safetensors files, checking before anything is loaded.
+def open_tensors(files, what: str) -> dict:
+    """The names in some safetensors files → the open file that holds each; no tensor is read yet."""
+    try:
+        return {name: handle for handle in [safe_open(f, "pt") for f in files] for name in handle.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{what}: can't read {' or '.join(str(f) for f in files)}: {error}") from error
+
+
+def read_tensors(handles: dict, shapes: dict, what: str) -> dict[str, Tensor]:
+    """Reads the tensors named in `shapes` from `open_tensors`, checking all before any is loaded.
 
     Raises UserError that names every missing, unexpected and wrongly shaped tensor.
     """
-    from safetensors import SafetensorError, safe_open
-    found, problems = {}, []
-    try:
-        handles = [safe_open(f, "pt") for f in files]
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{what}: can't read {' or '.join(str(f) for f in files)}: {error}") from error
-    for handle in handles:
-        found |= {name: (handle, tuple(handle.get_slice(name).get_shape())) for name in handle.keys()}
+    found, problems = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in handles.items()}, []
     # inv_freq: rotary frequencies that old transformers stored; they are derived from the config
-    unexpected = [n for n in found if n not in shapes and n not in ignored and not n.endswith("rotary_emb.inv_freq")]
+    unexpected = [n for n in found if n not in shapes and not n.endswith("rotary_emb.inv_freq")]
     for title, names in (("missing", [n for n in shapes if n not in found]), ("unexpected", unexpected)):
         if names:
             problems.append(f"{title}: {', '.join(names)}")
-    problems += [f"{n} has shape {list(found[n][1])}, expected {list(shape)}"
-                 for n, shape in shapes.items() if n in found and found[n][1] != tuple(shape)]
+    problems += [f"{n} has shape {list(found[n])}, expected {list(shape)}"
+                 for n, shape in shapes.items() if n in found and found[n] != tuple(shape)]
     if problems:
         raise UserError(f"{what}: the tensors do not fit the config: {'; '.join(problems)}")
-    return {name: found[name][0].get_tensor(name) for name in shapes}
+    return {name: handles[name].get_tensor(name) for name in shapes}
 
 
 def read_json(path) -> dict:
@@ -394,7 +450,7 @@ def read_json(path) -> dict:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a JSON {type(data).__name__}, expected an object")
@@ -408,9 +464,12 @@ def write_atomic(path, write) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        umask = os.umask(0o077)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)              # safetensors makes files that only their owner may read
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"can't write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -422,7 +481,6 @@ def write_json(path, data: dict) -> None:
 
 def write_tensors(path, tensors: dict) -> None:
     """safetensors with the metadata that transformers insists on."""
-    from safetensors.torch import save_file
     write_atomic(path, lambda p: save_file(tensors, p, metadata={"format": "pt"}))
 
 
@@ -438,8 +496,13 @@ class Tokenizer:
             self.backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"can't read the tokenizer {path}: {error}") from error
+        self.backend.no_truncation()        # what a training run may have left in the file
+        self.backend.no_padding()
         settings = locate(name_or_path, "tokenizer_config.json", revision, required=False)
-        add_bos = read_json(settings).get("add_bos_token", True) if settings else True
+        settings = read_json(settings) if settings else {}
+        add_bos = settings.get("add_bos_token")
+        if add_bos is None:                 # as in HF: Llama's own classes add it, others leave it to the file
+            add_bos = str(settings.get("tokenizer_class", "Llama")).startswith("Llama")
         self.bos = [config.bos_token_id] if add_bos and config.bos_token_id is not None else []
         self.eos = list(config.eos_token_ids)
         self.path, self.size = path, self.backend.get_vocab_size()
@@ -458,7 +521,19 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def stream(self, prompt_ids):
-        """A function id → the text it adds, which never prints half a character and keeps leading spaces."""
-        from tokenizers.decoders import DecodeStream
-        state = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
-        return lambda token: state.step(self.backend, int(token)) or ""
+        """A function (new ids, end) → the text they add to what it returned before, never half a character.
+
+        Text is decoded together with what stands before it, so that a leading space is kept; what may be the
+        beginning of a character waits for the rest, or for the end.
+        """
+        before, pending = list(prompt_ids[-8:]), []
+
+        def add(new_ids, end=False) -> str:
+            nonlocal before, pending
+            pending = pending + list(new_ids)
+            text = self.decode(before + pending)
+            if not pending or text.endswith("\N{REPLACEMENT CHARACTER}") and not end:
+                return ""
+            added, before, pending = text[len(self.decode(before)):], pending, []
+            return added
+        return add

@@ -17,18 +17,20 @@ import numpy as np
 from tqdm import tqdm
 
 from llama import (
+    SEED,
     ArgumentParser,
     Llama,
-    LlamaConfig,
     Tokenizer,
     UserError,
     command_line,
-    locate,
+    device,
+    load_config,
+    number,
     read_json,
     write_atomic,
     write_json,
 )
-from tinymedusa import MedusaHeads, Sampling, Tree, generate, published_tree, set_threads
+from tinymedusa import MedusaHeads, Sampling, Tree, check_prompts, generate, published_tree, set_threads
 
 # ------------------------------------------------------------------------------------------------------ token files
 
@@ -38,6 +40,8 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
 
 def write_tokens(path, documents, tokenizer: Tokenizer, vocab_size: int, source: dict) -> dict:
     """Streams documents (lists of ids) to `path` and the facts to `path`.json; a temporary name until it is whole."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: --out names a file")
     dtype = np.uint16 if vocab_size <= 2 ** 16 else np.uint32
     counts = {"documents": 0, "tokens": 0}
     facts = Path(f"{path}.json")
@@ -73,10 +77,14 @@ def read_tokens(path, tokenizer: Tokenizer) -> list[np.ndarray]:
         raise UserError(f"{facts}: dtype {data.get('dtype')!r} is neither uint16 nor uint32")
     if data.get("tokenizer_sha256") != tokenizer_hash(tokenizer):
         raise UserError(f"{path} was written with another tokenizer than {tokenizer.path}: prepare it for this model")
+    if type(data.get("tokens")) is not int or data["tokens"] < 1:
+        raise UserError(f"{facts}: tokens is {data.get('tokens')!r}: prepare it again")
     expected = data["tokens"] * np.dtype(data["dtype"]).itemsize
     if path.stat().st_size != expected:
         raise UserError(f"{path} has {path.stat().st_size} bytes, {facts.name} says {expected}: prepare it again")
     ids = np.memmap(path, data["dtype"], "r")
+    if ids.max() >= tokenizer.size:
+        raise UserError(f"{path} holds the id {ids.max()}, the tokenizer only {tokenizer.size}: prepare it again")
     starts = np.flatnonzero(ids == tokenizer.bos[0]) if tokenizer.bos else \
         np.flatnonzero(np.isin(ids, tokenizer.eos)) + 1
     return [d for d in np.split(ids, starts) if len(d)]
@@ -140,24 +148,18 @@ def arguments(argv=None):
     source.add_argument("--openings", metavar="FILE", help="one opening a line; the model continues each")
     parser.add_argument("--out", required=True, metavar="FILE", help="the token file; FILE.json is written beside it")
     parser.add_argument("--separator", default="<|endoftext|>")
-    parser.add_argument("--limit", type=int, help="only the first documents or openings")
+    parser.add_argument("--limit", type=number(int, 1), help="only the first documents or openings")
     parser.add_argument("--heads", help="Medusa heads to write with (default: plain decoding)")
-    parser.add_argument("--max-new-tokens", type=int, default=400)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
-    for name in ("limit", "max_new_tokens", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
-    if not args.temperature >= 0:
-        raise UserError(f"--temperature is {args.temperature}, it must be 0 or more")
-    return args
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=400)
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0)
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--batch-size", type=number(int, 1), default=64)
+    parser.add_argument("--device", type=device, default="cpu")
+    return parser.parse_args(argv)
 
 
 def prepare(args) -> dict:
-    config = LlamaConfig.from_dict(read_json(locate(args.model, "config.json")))
+    config = load_config(args.model)
     tokenizer = Tokenizer(args.model, config)
     if args.text:
         source = {"text": Path(args.text).name, "limit": args.limit}
@@ -171,10 +173,12 @@ def prepare(args) -> dict:
         set_threads(model, rows=args.batch_size)
         heads = args.heads and MedusaHeads.from_pretrained(args.heads, model)
         tree = heads and Tree.from_paths(published_tree(heads.num_heads), heads.num_heads, config.vocab_size)
+        encoded = tokenizer.encode_batch(lines)
+        check_prompts(encoded, config.max_position_embeddings)
         source = {"model": args.model, "openings": Path(args.openings).name, "limit": args.limit, "seed": args.seed,
                   "temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
-        documents = self_distilled(model, heads, tree, [tokenizer.encode(line) for line in lines], args.max_new_tokens,
-                                   Sampling(args.temperature), args.seed, args.batch_size)
+        documents = self_distilled(model, heads, tree, encoded, args.max_new_tokens, Sampling(args.temperature),
+                                   args.seed, args.batch_size)
         bar = {"desc": "continuing", "unit": " openings", "total": len(lines)}
     with tqdm(documents, **bar) as progress:
         return write_tokens(args.out, progress, tokenizer, config.vocab_size, source)

@@ -27,9 +27,11 @@ from llama import (
     ROTARY_SLACK,
     Llama,
     UserError,
+    at_least_float32,
     keep_rows,
     locate,
     new_cache,
+    open_tensors,
     read_json,
     read_tensors,
     visible,
@@ -109,15 +111,15 @@ class Tree(NamedTuple):
     def to(self, device) -> "Tree":
         return Tree(self.paths, *(t.to(device) for t in self[1:]))
 
-    def draw(self, label=lambda node: "·" if node == 0 else "") -> str:
-        """The tree as text, a line a node; `label(node)` may add to a line."""
+    def draw(self) -> str:
+        """The tree as text, a node's rank a line."""
         def lines(node, before):
             children = [i for i in range(1, len(self.paths)) if self.parent[i] == node]
             for child in children:
                 last = child == children[-1]
-                yield f"{before}{'└─' if last else '├─'}{self.rank[child]} {label(child)}".rstrip()
+                yield f"{before}{'└─' if last else '├─'}{self.rank[child]}"
                 yield from lines(child, before + ("  " if last else "│ "))
-        return "\n".join([f"root {label(0)}".rstrip(), *lines(0, "")])
+        return "\n".join(["root", *lines(0, "")])
 
 
 # ------------------------------------------------------------------------------------------------------------ heads
@@ -164,7 +166,8 @@ class MedusaHeads(nn.Module):
     @classmethod
     def untrained(cls, model: Llama, num_heads: int, **options) -> "MedusaHeads":
         """New heads that repeat the base: blocks are the identity, own vocabulary matrices copies of its `lm_head`."""
-        heads = cls(model.config.hidden_size, model.config.vocab_size, num_heads, **options).to(model.lm_head.weight)
+        heads = cls(model.config.hidden_size, model.config.vocab_size, num_heads, **options)
+        heads.to(model.lm_head.weight.device, at_least_float32(model.lm_head.weight.dtype))     # to be trained in
         if heads.vocabulary is not None:
             heads.vocabulary.data.copy_(model.lm_head.weight.detach().expand_as(heads.vocabulary))
         return heads
@@ -206,17 +209,21 @@ class MedusaHeads(nn.Module):
         for key in ("medusa_num_heads", "medusa_num_layers"):
             if type(config.get(key)) is not int or config[key] < 1:
                 raise UserError(f"{name_or_path}: not Medusa heads, config.json has {key} {config.get(key)!r}")
+        width, tied = config.get("medusa_width"), config.get("tie_lm_head", False)
+        if type(tied) is not bool or not (width is None or type(width) is int and width > 0):
+            raise UserError(f"{name_or_path}: config.json has tie_lm_head {tied!r}, medusa_width {width!r}: "
+                            "expected true or false, and a whole number or null")
         for key in ("hidden_size", "vocab_size"):
             if config.get(key, getattr(model.config, key)) != getattr(model.config, key):
                 raise UserError(f"{name_or_path}: the heads expect {key} {config[key]}, the model has "
                                 f"{getattr(model.config, key)}: train heads for this model or pass --heads none")
         with torch.device("meta"):
             heads = cls(model.config.hidden_size, model.config.vocab_size, config["medusa_num_heads"],
-                        config["medusa_num_layers"], config.get("tie_lm_head", False), config.get("medusa_width"))
+                        config["medusa_num_layers"], tied, width)
         heads = heads.to_empty(device=model.lm_head.weight.device).to(model.lm_head.weight.dtype)
-        named = heads.names()
-        tensors = read_tensors([locate(name_or_path, "model.safetensors", revision)],
-                               {name: t.shape for name, t in named.items()}, f"heads {name_or_path}")
+        named, what = heads.names(), f"heads {name_or_path}"
+        handles = open_tensors([locate(name_or_path, "model.safetensors", revision)], what)
+        tensors = read_tensors(handles, {name: t.shape for name, t in named.items()}, what)
         with torch.no_grad():
             for name, view in named.items():
                 view.copy_(tensors[name])
@@ -240,7 +247,8 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
 
     top-p keeps the fewest most likely tokens that together reach top_p, at least one.
     """
-    logits = logits.double() / sampling.temperature
+    logits = logits.double()
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature     # the largest is 0 at any temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = logits.topk(sampling.top_k).values[..., -1:]
         above, ties = logits > kth, logits == kth
@@ -264,7 +272,8 @@ def choose(logits: Tensor, uniform: Tensor | None, sampling: Sampling) -> Tensor
     if sampling.temperature == 0:
         return logits.argmax(-1)
     cdf = warp(logits, sampling).cumsum(-1)
-    return torch.searchsorted(cdf, (uniform * cdf[..., -1])[..., None], right=True).squeeze(-1)
+    ids = torch.searchsorted(cdf, (uniform * cdf[..., -1])[..., None], right=True).squeeze(-1)
+    return ids.clamp(max=logits.shape[-1] - 1)      # only ever needed when the logits are NaN
 
 
 def choice_margin(logits: Tensor, uniform: float, sampling: Sampling) -> float:
@@ -395,12 +404,12 @@ def prefill(model: Llama, prompts: list, cache: Tensor) -> tuple[Tensor, Tensor]
     total = torch.tensor([len(p) for p in prompts], device=device)
     length = torch.zeros_like(total)
     last = cache.new_zeros(len(prompts), model.config.hidden_size)
-    for start in range(0, longest, PREFILL_CHUNK):
-        chunk = ids[:, start:start + PREFILL_CHUNK]
+    for begin in range(0, longest, PREFILL_CHUNK):
+        chunk = ids[:, begin:begin + PREFILL_CHUNK]
         depth = torch.arange(chunk.shape[1], device=device)
         hidden = feed(model, chunk, depth, depth[:, None] >= depth, cache, length,
-                      bucket(start + chunk.shape[1], cache))
-        new = (total - start).clamp(0, chunk.shape[1])
+                      bucket(begin + chunk.shape[1], cache))
+        new = (total - begin).clamp(0, chunk.shape[1])
         here = hidden[torch.arange(len(prompts), device=device), (new - 1).clamp(min=0)]
         last, length = torch.where((new > 0)[:, None], here, last), length + new
     return length, last
@@ -410,7 +419,7 @@ def start(model: Llama, prompts: list, max_new_tokens: int, nodes: int, path: in
           seeds) -> tuple[State, Tensor, Tensor]:
     """The stage `init`: prefill, then the first token, by the same accept and commit as every other one."""
     context, device = model.config.max_position_embeddings, model.lm_head.weight.device
-    longest = max(map(len, prompts))
+    longest, max_new_tokens = max(map(len, prompts)), min(max_new_tokens, context)
     slots = min(longest + max_new_tokens, context) + max(nodes, min(longest, PREFILL_CHUNK))
     cache = new_cache(model.config, len(prompts), slots, like=model.lm_head.weight)
     length, hidden = prefill(model, prompts, cache)
@@ -451,7 +460,7 @@ def generate(model: Llama, prompts: list, max_new_tokens: int, *, heads: MedusaH
     nodes, path = tree.path.shape
     state, out, count = run("init", start, model, prompts, max_new_tokens, nodes, path, sampling, eos,
                             range(len(prompts)) if seeds is None else seeds)
-    lengths, steps = [len(p) for p in prompts], 0
+    lengths, steps = [len(p) - 1 for p in prompts], 0          # state.length, without reading it back
     while True:
         # the one read-back of a step
         counts, new, remaining = (t.tolist() for t in (count, out, state.remaining))
@@ -470,7 +479,8 @@ class Stages:
     The heads' products are in `medusa` (the original's were hidden in `tree`); `base_inference` is a whole plain step.
     """
     def __init__(self, device):
-        self.sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+        cuda = torch.device(device).type == "cuda"
+        self.sync = (lambda: torch.cuda.synchronize(device)) if cuda else lambda: None
         self.seconds: dict[str, list[float]] = {}
 
     def __call__(self, name, function, *args):
@@ -482,15 +492,18 @@ class Stages:
         return result
 
 
-def set_threads(model: Llama, threads: str = "auto", rows: int = 1) -> None:
+def set_threads(model: Llama, threads: int | str = "auto", rows: int = 1) -> None:
     """torch's CPU threads: a number, or `auto`: 1 or all cores, whichever decodes `rows` rows faster here and now.
 
     On a tiny model threads mostly wait for each other, ten times longer when anything else runs on the machine.
     """
-    if threads != "auto" or model.lm_head.weight.device.type != "cpu":
-        return torch.set_num_threads(int(threads)) if threads != "auto" else None
+    if threads != "auto":
+        return torch.set_num_threads(threads)
+    if model.lm_head.weight.device.type != "cpu" or model.config.max_position_embeddings < 16:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fastest = {}
-    for count in {1, os.cpu_count() or 1}:
+    for count in {1, cores}:
         torch.set_num_threads(count)
         clock = Stages("cpu")
         for _ in generate(model, [[0]] * rows, 7, eos=(), run=clock):

@@ -8,6 +8,7 @@ already guesses t + 1). Its loss is the mean cross entropy, weighted by --decay 
 whole document, so nothing attends across documents. Every 50th document is held out: at the end it gives each head's
 accuracy, and `tree.json`, the candidate tree that fits these heads.
 """
+import copy
 import itertools
 import json
 import math
@@ -19,7 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from llama import ArgumentParser, Llama, Tokenizer, UserError, command_line, write_json
+from llama import (
+    SEED,
+    ArgumentParser,
+    Llama,
+    Tokenizer,
+    UserError,
+    at_least_float32,
+    command_line,
+    device,
+    number,
+    write_json,
+)
 from prepare_data import read_tokens
 from tinymedusa import MedusaHeads, grow_tree, set_threads
 
@@ -70,7 +82,7 @@ def head_results(heads: MedusaHeads, lm_head, hidden: Tensor, labels: Tensor):
     """
     chunk = max(1, LOGITS // (heads.num_heads * heads.vocab_size))
     for h, y in zip(hidden.split(chunk), labels.split(chunk, 1), strict=True):
-        logits = heads.logits(heads.features(h), lm_head).float()                                   # [K, chunk, V]
+        logits = heads.logits(heads.features(h), lm_head)                                           # [K, chunk, V]
         losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="none")
         with torch.no_grad():
             target = logits.gather(2, y.clamp(min=0)[..., None])
@@ -84,15 +96,21 @@ def batch_hidden(model: Llama, documents: list, num_heads: int) -> tuple[Tensor,
     labels = head_labels(ids, length, num_heads).flatten(1)                                         # [K, B * T]
     with torch.no_grad():
         hidden = model(ids.to(model.lm_head.weight.device)).flatten(0, 1)
-    used = labels[0] != IGNORE
+    used, hidden = labels[0] != IGNORE, hidden.to(at_least_float32(hidden.dtype))
     return hidden[used.to(hidden.device)], labels[:, used].to(hidden.device)
+
+
+def wide_lm_head(model: Llama):
+    """The base's lm_head in at least float32: heads are trained in it, whatever the base's dtype."""
+    return copy.deepcopy(model.lm_head).to(at_least_float32(model.lm_head.weight.dtype))
 
 
 @torch.no_grad()
 def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: int) -> tuple[dict, Tensor]:
     """Per head: mean cross entropy in nats, share of labels ranked first and in the first 5; and all ranks [K, T]."""
+    lm_head = wide_lm_head(model)
     results = [r for batch in length_batches(documents, batch_tokens, seed=0)
-               for r in head_results(heads, model.lm_head, *batch_hidden(model, batch, heads.num_heads))]
+               for r in head_results(heads, lm_head, *batch_hidden(model, batch, heads.num_heads))]
     loss, rank = sum(sums.double() for sums, _ in results), torch.cat([r for _, r in results], 1)
     count = (rank < heads.vocab_size).sum(1).clamp(min=1)
     figures = {"loss": loss / count, "top1": (rank < 1).sum(1) / count, "top5": (rank < 5).sum(1) / count}
@@ -100,7 +118,7 @@ def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: in
 
 
 def path_hits(rank: Tensor, widest: int = 10) -> Counter:
-    """Ranks of the right tokens [K, T] → for each path of ranks below `widest`, the places where all of it was right."""
+    """Ranks of the right tokens [K, T] → for each path of ranks below `widest`, the places where it was right."""
     hits = Counter()
     for place in rank.t().tolist():
         right = list(itertools.takewhile(lambda r: r < widest, place))
@@ -119,7 +137,7 @@ def train(model: Llama, heads: MedusaHeads, documents: list, *, epochs: int, lr:
           batch_tokens: int, seed: int) -> None:
     """AdamW on the heads; the base is frozen. Gradients are taken chunk by chunk, so logits are never all in memory."""
     weights = decay ** torch.arange(1, heads.num_heads + 1, device=model.lm_head.weight.device)
-    model.requires_grad_(False)
+    lm_head = wide_lm_head(model.requires_grad_(False))
     optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0.0)
     epoch_batches = [length_batches(documents, batch_tokens, seed + epoch) for epoch in range(epochs)]
     steps = sum(map(len, epoch_batches))
@@ -128,7 +146,7 @@ def train(model: Llama, heads: MedusaHeads, documents: list, *, epochs: int, lr:
             hidden, labels = batch_hidden(model, batch, heads.num_heads)
             count = (labels != IGNORE).sum(1).clamp(min=1)                                          # [K]
             losses, correct = torch.zeros_like(weights), torch.zeros_like(count)
-            for sums, rank in head_results(heads, model.lm_head, hidden, labels):
+            for sums, rank in head_results(heads, lm_head, hidden, labels):
                 (weights * sums / count).sum().backward()
                 losses, correct = losses + sums.detach() / count, correct + (rank == 0).sum(1)
             optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps, warmup)
@@ -145,27 +163,25 @@ def arguments(argv=None):
     parser.add_argument("--model", default=str(Path(__file__).parent / "model"), help="the base: folder or hub id")
     parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="token files of prepare_data.py")
     parser.add_argument("--out", required=True, metavar="FOLDER")
-    parser.add_argument("--num-heads", type=int, default=4)
-    parser.add_argument("--num-layers", type=int, default=1, help="residual blocks a head")
-    parser.add_argument("--width", type=int, help="inner width of the blocks (default: the paper's square block)")
+    parser.add_argument("--num-heads", type=number(int, 1, 64), default=4)
+    parser.add_argument("--num-layers", type=number(int, 1), default=1, help="residual blocks a head")
+    parser.add_argument("--width", type=number(int, 1), help="inner width of the blocks (default: square, the paper's)")
     parser.add_argument("--tie-lm-head", action="store_true", help="use the base's lm_head, not a matrix a head")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--warmup", type=int, default=40, help="steps")
-    parser.add_argument("--decay", type=float, default=0.8, help="head k's loss counts decay**k")
-    parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--tree-nodes", type=int, default=15, help="of tree.json, the root not counted")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
-    for name in ("num_heads", "num_layers", "width", "epochs", "batch_tokens", "tree_nodes"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
-    return args
+    parser.add_argument("--epochs", type=number(int, 1), default=2)
+    parser.add_argument("--lr", type=number(float, 0), default=1e-3)
+    parser.add_argument("--warmup", type=number(int, 0), default=40, help="steps")
+    parser.add_argument("--decay", type=number(float, 0), default=0.8, help="head k's loss counts decay**k")
+    parser.add_argument("--batch-tokens", type=number(int, 1), default=4096)
+    parser.add_argument("--tree-nodes", type=number(int, 1), default=15, help="of tree.json, the root not counted")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--device", type=device, default="cpu")
+    return parser.parse_args(argv)
 
 
 def main():
     args = arguments()
+    if Path(args.out).is_file():
+        raise UserError(f"{args.out} is a file: --out names a folder")
     torch.manual_seed(args.seed)
     model = Llama.from_pretrained(args.model, device=args.device)
     set_threads(model, rows=64)

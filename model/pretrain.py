@@ -118,7 +118,7 @@ def data_from(stories: list, tokens: int, step: int):
     """(epoch, stories of the step) from `step` on, without end; the order is a function of the epoch alone."""
     epoch, first = 0, 0
     while True:
-        groups = length_batches(stories, tokens, seed=epoch)
+        groups = [g for g in length_batches(stories, tokens, seed=epoch) if len(g) >= WORLD]     # a share for each
         for i, group in enumerate(groups):
             if first + i >= step:
                 yield epoch, group
@@ -155,9 +155,11 @@ def main():
     model = llama.Llama(CONFIG)
     initialise(model)
     body, optimizers, step, seconds = torch.compile(model, dynamic=True), make_optimizers(model, args), 0, 0.0
-    checkpoint, peaks = out / "checkpoint.pt", (args.lr, args.adam_lr)
+    checkpoint, peaks, data = out / "checkpoint.pt", (args.lr, args.adam_lr), [args.tokens, WORLD, len(train)]
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
+        if saved["data"] != data:
+            sys.exit(f"{checkpoint} is of another run (tokens a step, processes, stories: {saved['data']}, now {data})")
         model.load_state_dict(saved["model"])
         for o, state in zip(optimizers, saved["optimizers"], strict=True):
             o.load_state_dict(state)
@@ -188,11 +190,11 @@ def main():
             since, seen, losses = time.perf_counter(), 0, []
             if RANK == 0:
                 bar.set_postfix(loss=f"{line['loss']:.3f}", valid=f"{line['valid_bits_per_byte']:.4f}")
+                state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                         "step": step, "seconds": seconds, "data": data}
+                llama.write_atomic(checkpoint, lambda path, state=state: torch.save(state, path))
                 with (out / "log.jsonl").open("a") as log:
                     print(json.dumps({k: round(v, 5) for k, v in line.items()}), file=log)
-                state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                         "step": step, "seconds": seconds}
-                llama.write_atomic(checkpoint, lambda path, state=state: torch.save(state, path))
     if RANK == 0:
         model.save(out, torch.bfloat16)
 

@@ -61,7 +61,7 @@ def byte_tokenizer(path, vocab_size=300) -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(["once upon a time there was a dog and the dog was happy"] * 3, trainer)
+    tokenizer.train_from_iterator((ROOT / "benchmarks" / "openings.txt").read_text().splitlines(), trainer)
     tokenizer.save(str(path))
     return tokenizer
 

@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_llama
 
 from tinymedusa import GREEDY, Sampling, State, Tree, accept, choice_margin, choose, commit, uniforms, warp
 
@@ -47,7 +46,6 @@ def test_limits_in_mid_path():
 
 
 def test_commit_ends_the_row_at_eos_and_takes_the_last_nodes_hidden():
-    model = tiny_llama()
     cache = torch.zeros(2, 2, 1, 20, 2, 8)
     before = state()._replace(cache=cache, length=torch.tensor([5]), hidden=torch.zeros(1, 32))
     hidden = torch.arange(6.0)[None, :, None].expand(1, 6, 32)                   # node i's hidden is all i
@@ -57,7 +55,6 @@ def test_commit_ends_the_row_at_eos_and_takes_the_last_nodes_hidden():
         assert after.length.item() == 5 + count and after.emitted.item() == count
         assert after.token.item() == out[0, count - 1] and after.remaining.item() == left
         assert after.hidden[0, 0] == path[0, count - 1]
-    assert model.config.vocab_size == 12
 
 
 def slow_warp(logits, temperature, top_k, top_p):
@@ -86,9 +83,9 @@ def test_warp_against_its_definition(temperature, top_k, top_p):
 
 
 def test_choose_inverts_the_cdf_and_never_a_token_of_probability_0():
-    logits = torch.tensor([0, 0.25, 0, 0.75, 0]).double().log()[None, None]
+    logits = torch.tensor([0, 0.5, 0, 0.5, 0]).double().log()[None, None]
     draw = lambda u: choose(logits, torch.tensor([[u]], dtype=torch.float64), Sampling(1.0)).item()
-    assert [draw(u) for u in (0.0, 0.2499, 0.25, 0.2501, 0.9999, 1 - 2 ** -53)] == [1, 1, 3, 3, 3, 3]
+    assert [draw(u) for u in (0.0, 0.4999, 0.5, 0.5001, 0.9999, 1 - 2 ** -53)] == [1, 1, 3, 3, 3, 3]
     tilted = torch.randn(1, 1, 32000, generator=torch.Generator().manual_seed(0))      # float32 in
     top = choose(tilted, torch.full((1, 1), 1 - 2 ** -53, dtype=torch.float64), Sampling(1.0, 50)).item()
     assert top == tilted.flatten().topk(50).indices.max()

@@ -7,6 +7,21 @@ from conftest import MODEL, ROOT, tiny_llama
 from llama import Tokenizer, write_json
 
 
+def test_streamed_text_is_whole_characters_and_nothing_is_lost():
+    """Through characters of 1 to 4 bytes, spaces and a cut-off end: the pieces add up to the whole text."""
+    tokenizer = Tokenizer(MODEL, tiny_llama().config.__class__(vocab_size=4096))
+    for text in ("a naïve 你好 🦊🦊 dog ", "你", "  two  spaces", "🦊"):
+        prompt, ids = tokenizer.encode("Once"), tokenizer.encode(text)[1:]
+        for cut in (len(ids), len(ids) - 1):
+            stream = tokenizer.stream(prompt)
+            pieces = [stream([i]) for i in ids[:cut]]
+            assert not any("\N{REPLACEMENT CHARACTER}" in p for p in pieces)
+            whole = "".join(pieces) + stream([], end=True)
+            assert whole == tokenizer.decode(prompt + ids[:cut])[len("Once"):]
+    stream = tokenizer.stream([])
+    assert "".join(stream([i]) for i in tokenizer.encode(" hi there")) == " hi there"
+
+
 def run_json(cli, *args):
     status, out, err = cli("generate", "--json", *args)
     assert status == 0 and err == "", err
@@ -84,7 +99,7 @@ def test_heads_may_live_elsewhere_or_nowhere(tiny_folder, tmp_path, cli):
 
 
 def test_the_first_command_of_the_readme(cli):
-    status, out, err = cli("generate", "--compare", "--profile", "--max-new-tokens", 60)
+    status, out, err = cli("generate", "--compare", "--profile", "--max-new-tokens", "60")
     assert status == 0 and err == "" and "identical: yes" in out
     plain, medusa = out.split("--- plain\n")[1].split("\n\n--- medusa\n")
     assert medusa.startswith(plain) and plain.startswith("Once upon a time")
@@ -92,10 +107,11 @@ def test_the_first_command_of_the_readme(cli):
         assert f"\n{stage} " in out
 
 
-def test_the_embedded_heads_reach_the_promised_tokens_per_step(cli):
+def test_the_embedded_heads_reach_the_promised_tokens_per_step(cli, monkeypatch):
+    monkeypatch.setattr("generate.REPEATS", 1)
     openings = (ROOT / "benchmarks" / "openings.txt").read_text().splitlines()[:10]
     args = [a for o in openings for a in ("--prompt", o)]
-    results = run_json(cli, *args, "--compare", "--max-new-tokens", 200)
+    results = run_json(cli, *args, "--compare", "--max-new-tokens", 200, "--threads", 1)
     assert all(r["identical"] or r["first_difference"]["margin"] < 1e-4 for r in results)
     mean = sum(r["tokens_per_step"] for r in results) / 10
     print(f"mean tokens per step over ten held-out openings: {mean:.3f}")

@@ -27,8 +27,9 @@ def test_text_to_tokens_and_back(tmp_path, tokenizer):
     assert all(d[0] == 1 and d[-1] == 2 and 1 not in d[1:] for d in documents)
     assert facts == json.loads((tmp_path / "s.bin.json").read_text()) and facts["dtype"] == "uint16"
     assert facts["documents"] == 3 and facts["tokens"] == sum(map(len, documents)) and facts["source"] == {"text": "s"}
-    write_tokens(tmp_path / "wide.bin", [[1, 70000, 2]], tokenizer, 80000, {})
-    assert [d.tolist() for d in read_tokens(tmp_path / "wide.bin", tokenizer)] == [[1, 70000, 2]]
+    facts = write_tokens(tmp_path / "wide.bin", [[1, 299, 2], [1, 4, 2]], tokenizer, 80000, {})
+    assert facts["dtype"] == "uint32" and (tmp_path / "wide.bin").stat().st_size == 4 * 6
+    assert [d.tolist() for d in read_tokens(tmp_path / "wide.bin", tokenizer)] == [[1, 299, 2], [1, 4, 2]]
 
 
 def test_an_interrupted_run_leaves_nothing_that_passes_for_whole(tmp_path, tokenizer, monkeypatch):
@@ -49,11 +50,18 @@ def test_an_interrupted_run_leaves_nothing_that_passes_for_whole(tmp_path, token
         read_tokens(tmp_path / "a.bin", tokenizer)
 
 
+def edit(path, **change):
+    facts = path.with_name("a.bin.json")
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | change))
+
+
 @pytest.mark.parametrize("damage, says", [
     (lambda f: f.unlink(), "no token file"),
     (lambda f: f.with_name("a.bin.json").unlink(), "was the preparation of"),
     (lambda f: f.write_bytes(f.read_bytes()[:-2]), "has 4 bytes, a.bin.json says 6"),
     (lambda f: f.with_name("a.bin.json").write_text('{"dtype": "float32"}'), "neither uint16 nor uint32"),
+    (lambda f: edit(f, tokens=None), "tokens is None"),
+    (lambda f: f.write_bytes(b"\1\0\0\5\2\0"), "holds the id 1280, the tokenizer only 300"),
     (lambda f: byte_tokenizer(f.with_name("tokenizer.json"), 280), "written with another tokenizer"),
 ])
 def test_damaged_files_are_refused(tmp_path, tokenizer, damage, says):

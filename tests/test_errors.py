@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
 
 import llama
 from llama import Llama, UserError, read_json, write_json
@@ -43,6 +45,16 @@ def index(*shards):
                                      {"weight_map": {f"t{i}": s for i, s in enumerate(shards)}})
 
 
+def bigger_tokenizer(folder):
+    tokenizer = Backend.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["zebra", "yak"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def edit(path, **change):
+    write_json(path, read_json(path) | change)
+
+
 # what is done to a good folder (300 entries, context 64, 3 heads), the arguments, and what the line must say
 CASES = {
     "no config": (gone("config.json"), [], ["has no config.json", "Hugging Face layout"]),
@@ -59,7 +71,7 @@ CASES = {
     "not divisible": (config(hidden_size=33, head_dim=None), [], ["hidden_size 33 is not divisible"]),
     "grouping": (config(num_key_value_heads=3), [], ["num_attention_heads 4 is not a multiple of", "heads 3"]),
     "odd head_dim": (config(head_dim=7), [], ["head_dim 7 is odd"]),
-    "dtype": (config(dtype="int4"), [], ["dtype 'int4' is not one of"]),
+    "dtype": (config(dtype="int4"), [], ["dtype is 'int4', it must be one of float64, float32"]),
     "missing tensor": (tensors(lambda t: t.pop("model.norm.weight")), [], ["missing: model.norm.weight"]),
     "unexpected tensor": (tensors(lambda t: t.update({"extra": torch.zeros(1)})), [], ["unexpected: extra"]),
     "misshapen tensor": (tensors(lambda t: t.update({"lm_head.weight": torch.zeros(299, 32)})), [],
@@ -68,7 +80,16 @@ CASES = {
     "shard missing": (index("a.safetensors"), [], ["has no a.safetensors"]),
     "shard elsewhere": (index("../a.safetensors"), [], ["a shard must lie beside its index"]),
     "corrupt tokenizer": (text("tokenizer.json", b"{}"), [], ["can't read the tokenizer"]),
-    "tokenizer of another model": (config(vocab_size=299), ["--heads", "none"], ["expected [299, 32]"]),
+    "config of another model": (config(vocab_size=299), ["--heads", "none"], ["expected [299, 32]"]),
+    "tokenizer of another model": (bigger_tokenizer, [], ["tokenizer.json has 302 entries, the model only 300"]),
+    "null": (config(rms_norm_eps="x"), [], ["rms_norm_eps is 'x', it must be a positive number"]),
+    "theta": (config(rope_theta=-1), [], ["rope_theta is -1, it must be a positive number"]),
+    "rope a list": (config(rope_scaling=[1]), [], ["rope_scaling is [1], only an object"]),
+    "tie": (config(tie_word_embeddings="false"), [], ["tie_word_embeddings is 'false', it must be true or false"]),
+    "bos": (config(bos_token_id=300), [], ["bos_token_id is 300, it must be a token id"]),
+    "eos": (text("generation_config.json", b'{"eos_token_id": [2, "3"]}'), [], ["eos_token_id is (2, '3')"]),
+    "index": (text("model.safetensors.index.json", b'{"weight_map": [1]}'), [], ["weight_map must be an object"]),
+    "heads' width": (lambda f: edit(f / "medusa/config.json", medusa_width=-1), [], ["medusa_width -1"]),
     "no heads' weights": (gone("medusa/model.safetensors"), [], ["has no model.safetensors"]),
     "heads of another width": (lambda f: write_json(f / "medusa/config.json", {
         "medusa_num_heads": 3, "medusa_num_layers": 1, "hidden_size": 4096}), [],
@@ -86,17 +107,23 @@ CASES = {
     "tree rank": (None, ["--tree", "[[300]]"], ["rank 300", "300 entries"]),
     "tree in the heads' folder": (text("medusa/tree.json", b'{"paths": [[1, 1]]}'), [], ["no ancestor [1]"]),
     "prompt too long": (None, ["--prompt", "x y " * 40], ["the context holds 64: shorten the prompt"]),
-    "temperature": (None, ["--temperature", "-1"], ["--temperature is -1.0, it must be 0 or more"]),
-    "temperature nan": (None, ["--temperature", "nan"], ["--temperature is nan"]),
-    "top-p": (None, ["--top-p", "0"], ["--top-p is 0.0, it must be above 0"]),
-    "top-k": (None, ["--top-k", "-2"], ["--top-k is -2"]),
-    "tokens": (None, ["--max-new-tokens", "0"], ["--max-new-tokens is 0, it must be at least 1"]),
-    "steps": (None, ["--max-steps", "0"], ["--max-steps is 0"]),
-    "threads": (None, ["--threads", "none"], ["--threads is none"]),
-    "seed": (None, ["--seed", "-1"], ["--seed is -1"]),
-    "not a number": (None, ["--top-k", "few"], ["invalid int value: 'few'"]),
+    "tree null": (None, ["--tree", '{"paths": null}'], ["expected a list of paths"]),
+    "tree empty": (None, ["--tree", ""], ["can't read the tree"]),
+    "tree without heads": (None, ["--heads", "none", "--tree", "[[0]]"], ["--tree needs heads"]),
+    "temperature": (None, ["--temperature", "-1"], ["--temperature: '-1' is not a number of at least 0"]),
+    "temperature nan": (None, ["--temperature", "nan"], ["--temperature: 'nan' is not a number"]),
+    "top-p": (None, ["--top-p", "0"], ["--top-p: '0' is not a number from 1e-09 to 1"]),
+    "top-k": (None, ["--top-k", "-2"], ["--top-k: '-2' is not a whole number of at least 0"]),
+    "tokens": (None, ["--max-new-tokens", "0"], ["--max-new-tokens: '0' is not a whole number of at least 1"]),
+    "steps": (None, ["--max-steps", "0"], ["--max-steps: '0'"]),
+    "threads": (None, ["--threads", "none"], ["--threads: 'none'"]),
+    "no threads": (None, ["--threads", "0"], ["--threads: '0' is not a whole number from 1 to 1024"]),
+    "seed": (None, ["--seed", "-1"], ["--seed: '-1' is not a whole number from 0"]),
+    "not a number": (None, ["--top-k", "few"], ["--top-k: 'few' is not a whole number"]),
     "unknown option": (None, ["--tokens", "5"], ["unrecognized arguments: --tokens"]),
-    "device": (None, ["--device", "warp"], ["--device warp can't be used here"]),
+    "device": (None, ["--device", "warp"], ["--device: 'warp' can't be used here"]),
+    "not UTF-8": (None, ["--prompt", "caf\udce9"], ["is not UTF-8 text"]),
+    "newline in a name": (None, ["--model", "a\nb"], ["a b is not a folder"]),
 }
 
 
@@ -122,7 +149,10 @@ def test_the_healthy_folder_is_fine(tiny_folder, cli):
     (["--text", "empty.txt", "--out", "a.bin"], "a.bin: nothing to write"),
     (["--openings", "empty.txt", "--out", "a.bin"], "empty.txt holds no opening"),
     (["--out", "a.bin"], "one of the arguments --text --openings is required"),
-    (["--text", "fine.txt", "--out", "a.bin", "--limit", "0"], "--limit is 0"),
+    (["--text", "fine.txt", "--out", "a.bin", "--limit", "0"], "--limit: '0' is not a whole number of at least 1"),
+    (["--text", "fine.txt", "--out", "a.bin", "--device", "warp"], "--device: 'warp' can't be used here"),
+    (["--text", "fine.txt", "--out", "."], ". is a folder: --out names a file"),
+    (["--openings", "long.txt", "--out", "a.bin"], "the context holds 64: shorten the prompt"),
     (["--text", "fine.txt", "--out", "fine.txt/a.bin"], "can't write fine.txt/a.bin"),
 ])
 def test_prepare_data(args, says, tiny_folder, tmp_path, cli, monkeypatch):
@@ -130,6 +160,7 @@ def test_prepare_data(args, says, tiny_folder, tmp_path, cli, monkeypatch):
     Path("latin.txt").write_bytes(b"caf\xe9")
     Path("empty.txt").write_bytes(b"\n\n")
     Path("fine.txt").write_bytes(b"the dog")
+    Path("long.txt").write_bytes(b"the dog\n" + b"x" * 70)
     status, out, err = cli("prepare_data", "--model", tiny_folder, *args)
     line = err.splitlines()[-1]                                                  # above it a progress bar may stand
     assert status == 2 and out == "" and line.startswith("prepare_data.py: ") and says in line
@@ -139,14 +170,16 @@ def test_prepare_data(args, says, tiny_folder, tmp_path, cli, monkeypatch):
 @pytest.mark.parametrize("args, says", [
     (["--data", "none.bin"], "no token file none.bin"),
     (["--data", "half.bin"], "was the preparation of half.bin interrupted"),
-    (["--data", "half.bin", "--num-heads", "0"], "--num-heads is 0"),
+    (["--data", "half.bin", "--num-heads", "0"], "--num-heads: '0' is not a whole number from 1 to 64"),
+    (["--data", "half.bin", "--lr", "nan"], "--lr: 'nan' is not a number of at least 0"),
+    (["--data", "half.bin", "--out", "half.bin"], "half.bin is a file: --out names a folder"),
     ([], "the following arguments are required: --data"),
 ])
 def test_train_heads(args, says, tiny_folder, tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("half.bin").write_bytes(b"\1\0")
     status, out, err = cli("train_heads", "--model", tiny_folder, "--out", "h", *args)
-    assert status == 2 and err.count("\n") == 1 and says in err and not Path("h").exists()
+    assert status == 2 and out == "" and err.count("\n") == 1 and says in err and not Path("h").exists()
 
 
 def test_the_hub_code(monkeypatch, tmp_path):
@@ -165,6 +198,7 @@ def test_the_hub_code(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert llama.weight_files("some/model", "v1") == [tmp_path / "model.safetensors"]
     assert calls == [("some/model", "model.safetensors.index.json", "v1"), ("some/model", "model.safetensors", "v1")]
+    assert llama.locate("some/model", "tokenizer.json", required=False) is None        # offline, optional
     with pytest.raises(UserError, match="the hub can't be reached"):
         llama.locate("some/model", "tokenizer.json")
     with pytest.raises(UserError, match="on the hub has no model.safetensors.index.json"):
@@ -177,14 +211,17 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     from conftest import tiny_llama
     def save_half(tensors, path, metadata):
         Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr("safetensors.torch.save_file", save_half)
-    with pytest.raises(UserError, match="can't write .*model.safetensors: No space left on device"):
-        tiny_llama().save(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == []
+        raise error
+    monkeypatch.setattr(llama, "save_file", save_half)
+    for full in (OSError(28, "No space left"), SafetensorError("No space left")):      # the library raises its own
+        error = full
+        with pytest.raises(UserError, match="can't write .*model.safetensors: No space left"):
+            tiny_llama().save(tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == []
     monkeypatch.undo()
     tiny_llama().save(tmp_path)
     assert Llama.from_pretrained(tmp_path).config.vocab_size == 12
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == (tmp_path / "config.json").stat().st_mode & 0o777
 
 
 def test_a_real_process_has_status_2_and_no_traceback(tiny_folder):

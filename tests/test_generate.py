@@ -83,7 +83,7 @@ def test_the_great_equality():
     share = sum(n for drafts, n in accepted.items() if drafts) / sum(accepted.values())
     print(f"{CASES} cases, steps by accepted drafts {dict(sorted(accepted.items()))}, {share:.0%} accept one, "
           f"{full} at full depth, {at_eos} rows ended by eos, {at_context} by the context")
-    assert share > 0.2 and full > 20 and at_eos > 50 and at_context > 50
+    assert share > 0.2 and full > 20 and at_eos > 50 and at_context > 20
 
 
 def test_yields_tokens_as_they_come_and_stops_exactly():
@@ -128,7 +128,8 @@ def test_embedded_model(sampling):
     """float32, real weights and heads, ten held-out openings in one batch: a difference only at a near-tie."""
     model = Llama.from_pretrained(MODEL)
     heads = MedusaHeads.from_pretrained(MODEL / "medusa", model)
-    tokenizer, tree = Tokenizer(MODEL, model.config), Tree.from_paths(published_tree(4), 4, 4096)
+    tokenizer, tree = Tokenizer(MODEL, model.config), Tree.from_paths(
+        published_tree(heads.num_heads), heads.num_heads, 4096)
     openings = (ROOT / "benchmarks" / "openings.txt").read_text().splitlines()[:10]
     prompts = [tokenizer.encode(o) for o in openings]
     plain, _ = collect(generate(model, prompts, 80, sampling=sampling), 10)

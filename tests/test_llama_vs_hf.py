@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import MODEL
 
-from llama import Llama, LlamaConfig, Tokenizer, new_cache, read_json, visible
+from llama import Llama, LlamaConfig, Tokenizer, new_cache, read_json, visible, write_json
 from tinymedusa import generate
 
 transformers = pytest.importorskip("transformers", reason="development requirement; test_golden.py runs without it")
@@ -61,6 +61,15 @@ def test_sharded(tmp_path):
     difference = compare(twin, Llama.from_pretrained(tmp_path), torch.randint(3, 320, (1, 40)))
     print(f"sharded: largest difference {difference:.2e}")
     assert difference <= 1e-4
+
+
+def test_a_tied_config_whose_file_has_an_lm_head(tmp_path):
+    """transformers 5 believes the file, and so do we."""
+    hf_twin(tmp_path, **TINY)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", config | {"tie_word_embeddings": True})
+    twin = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert compare(twin, Llama.from_pretrained(tmp_path), torch.randint(3, 320, (1, 20))) <= 1e-4
 
 
 def test_bfloat16_on_request(tmp_path):
