@@ -180,9 +180,10 @@ def threads(text: str):
 
 def text_argument(text: str) -> str:
     try:
-        return text if text.encode() else text
+        text.encode()
     except UnicodeEncodeError:
         raise ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
+    return text
 
 
 def arguments(argv=None):

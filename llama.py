@@ -104,23 +104,23 @@ class LlamaConfig:
     eos_token_id: int | tuple | None = 2
 
     def __post_init__(self):
-        fill = lambda name, value: getattr(self, name) is None and object.__setattr__(self, name, value)
+        def must_be(want, test, *names):
+            for name in names:
+                if not test(getattr(self, name)):
+                    raise UserError(f"config: {name} is {getattr(self, name)!r}, it must be {want}")
+        whole = lambda v: type(v) is int and v >= 1
         token = lambda v: type(v) is int and 0 <= v < self.vocab_size
-        wants = {"a whole number of at least 1": lambda v: type(v) is int and v >= 1,
-                 "a positive number": lambda v: type(v) in (int, float) and 0 < v < float("inf"),
-                 "true or false": lambda v: type(v) is bool,
-                 "a token id": lambda v: v is None or token(v),
-                 "a token id or a list of them": lambda v: v is None or token(v) or
-                 isinstance(v, tuple) and all(map(token, v)),
-                 f"one of {', '.join(DTYPES)}": lambda v: isinstance(v, str) and v in DTYPES}
-        whole, positive, boolean, one_id, ids, dtype = wants
-        kinds = {"rms_norm_eps": positive, "rope_theta": positive, "tie_word_embeddings": boolean, "dtype": dtype,
-                 "attention_bias": boolean, "mlp_bias": boolean, "bos_token_id": one_id, "eos_token_id": ids}
-        for name in self.__dataclass_fields__:
-            value, want = getattr(self, name), kinds.get(name, whole)
-            optional = name in ("num_key_value_heads", "head_dim") and value is None
-            if not (optional or wants[want](value)):
-                raise UserError(f"config: {name} is {value!r}, it must be {want}")
+        must_be("a whole number of at least 1", whole, "vocab_size", "hidden_size", "intermediate_size",
+                "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        must_be("a whole number of at least 1", lambda v: v is None or whole(v), "num_key_value_heads", "head_dim")
+        must_be("a positive number", lambda v: type(v) in (int, float) and 0 < v < float("inf"),
+                "rms_norm_eps", "rope_theta")
+        must_be("true or false", lambda v: type(v) is bool, "tie_word_embeddings", "attention_bias", "mlp_bias")
+        must_be(f"one of {', '.join(DTYPES)}", lambda v: v in tuple(DTYPES), "dtype")
+        must_be("a token id", lambda v: v is None or token(v), "bos_token_id")
+        must_be("a token id or a list of them", lambda v: v is None or all(map(token, self.eos_token_ids)),
+                "eos_token_id")
+        fill = lambda name, value: getattr(self, name) is None and object.__setattr__(self, name, value)
         fill("num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UserError(f"config: hidden_size {self.hidden_size} is not divisible by num_attention_heads "
@@ -136,7 +136,7 @@ class LlamaConfig:
     def eos_token_ids(self) -> tuple:
         """End-of-text ids; empty if the model has none."""
         eos = self.eos_token_id
-        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        return () if eos is None else eos if isinstance(eos, tuple) else (eos,)
 
     @classmethod
     def from_dict(cls, data: dict) -> "LlamaConfig":

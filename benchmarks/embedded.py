@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from llama import Llama, Tokenizer, command_line  # noqa: E402
+from llama import Llama, Tokenizer, command_line, read_json  # noqa: E402
 from prepare_data import texts_between, tokenised  # noqa: E402
 from tinymedusa import MedusaHeads, Sampling, Tree, generate, published_tree, set_threads  # noqa: E402
 
@@ -53,15 +53,19 @@ def main():
     parser.add_argument("--heads", help="default: medusa/ in the model's folder")
     parser.add_argument("--openings", default=str(ROOT / "benchmarks" / "openings.txt"))
     parser.add_argument("--limit", type=int, default=100)
-    parser.add_argument("--nodes", type=int, default=15, help="of the published tree, the root not counted")
+    parser.add_argument("--published", type=int, metavar="NODES", help="that many nodes of the published mc_sim_7b_63, "
+                        "the root not counted, instead of the heads' own tree.json")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", default="auto")
     parser.add_argument("--valid", metavar="FILE")
     args = parser.parse_args()
     model = Llama.from_pretrained(args.model)
-    heads = MedusaHeads.from_pretrained(args.heads or Path(args.model) / "medusa", model)
-    tree = Tree.from_paths(published_tree(heads.num_heads, args.nodes), heads.num_heads, model.config.vocab_size)
+    folder = Path(args.heads or Path(args.model) / "medusa")
+    heads = MedusaHeads.from_pretrained(folder, model)
+    paths = published_tree(heads.num_heads, args.published) if args.published else \
+        read_json(folder / "tree.json")["paths"]
+    tree = Tree.from_paths(paths, heads.num_heads, model.config.vocab_size)
     tokenizer = Tokenizer(args.model, model.config)
     set_threads(model, args.threads)
     print(f"{torch.get_num_threads()} thread(s), temperature {args.temperature}, {args.max_new_tokens} new tokens or "
