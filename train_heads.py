@@ -196,7 +196,7 @@ def main():
                                   tie_lm_head=args.tie_lm_head)
     train(model, heads, documents, epochs=args.epochs, lr=args.lr, warmup=args.warmup, decay=args.decay,
           batch_tokens=args.batch_tokens, seed=args.seed)
-    heads.save(args.out, base_model=args.model)
+    heads.save(args.out, base_model=Path(args.model).resolve().name if Path(args.model).is_dir() else args.model)
     figures, rank = evaluate(model, heads, held_out, args.batch_tokens)
     write_json(Path(args.out) / "tree.json", {"paths": grow_tree(path_hits(rank), args.tree_nodes),
                                               "source": f"{rank.shape[1]} held-out places of the heads' own data"})

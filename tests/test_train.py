@@ -128,11 +128,11 @@ def test_schedule_and_batches():
 
 
 def test_the_command(tiny_folder, tmp_path, cli):
-    (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(f"the dog {'was happy ' * (i % 5)}" for i in range(60)))
+    (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(f"the dog {'was happy ' * (5 + i % 3)}" for i in range(60)))
     assert cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out",
                tmp_path / "s.bin")[0] == 0
     status, out, err = cli("train_heads", "--model", tiny_folder, "--data", tmp_path / "s.bin", "--out", tmp_path / "h",
-                           "--num-heads", 2, "--tie-lm-head", "--width", 16, "--epochs", 20, "--lr", 0.02)
+                           "--num-heads", 2, "--tie-lm-head", "--width", 16, "--epochs", 40, "--lr", 0.02)
     result = json.loads(out)
     assert status == 0 and "training heads: 100%" in err
     assert result["held_out_documents"] == 2 and result["parameters"] == 2 * (16 * 32 + 16 + 32 * 16)
