@@ -26,6 +26,7 @@ from llama import (
     device,
     locate,
     number,
+    threads,
 )
 from tinymedusa import (
     MedusaHeads,
@@ -172,10 +173,6 @@ def report(result: dict, heads) -> str:
             lines += [f"{stage:<16}{s['calls']:>7}{s['total_ms'] / s['calls']:>10.3f}{s['total_ms'] / total:>8.1%}"
                       for stage, s in r["stages"].items()]
     return "\n".join(lines) + "\n"
-
-
-def threads(text: str):
-    return text if text == "auto" else number(int, 1, 1024)(text)
 
 
 def text_argument(text: str) -> str:

@@ -51,6 +51,11 @@ def number(kind, least, most=float("inf")):
 SEED = number(int, 0, 2 ** 62)
 
 
+def threads(text: str):
+    """An argparse type: a number of threads, or "auto"."""
+    return text if text == "auto" else number(int, 1, 1024)(text)
+
+
 def device(text: str) -> str:
     """An argparse type: a torch device that exists here."""
     try:

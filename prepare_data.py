@@ -175,8 +175,8 @@ def prepare(args) -> dict:
         tree = heads and Tree.from_paths(published_tree(heads.num_heads), heads.num_heads, config.vocab_size)
         encoded = tokenizer.encode_batch(lines)
         check_prompts(encoded, config.max_position_embeddings)
-        source = {"model": Path(args.model).name, "openings": Path(args.openings).name, "limit": args.limit, "seed": args.seed,
-                  "temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
+        source = {"model": Path(args.model).name, "openings": Path(args.openings).name, "limit": args.limit,
+                  "seed": args.seed, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
         documents = self_distilled(model, heads, tree, encoded, args.max_new_tokens, Sampling(args.temperature),
                                    args.seed, args.batch_size)
         bar = {"desc": "continuing", "unit": " openings", "total": len(lines)}

@@ -19,9 +19,18 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from llama import Llama, Tokenizer, command_line, read_json  # noqa: E402
+from llama import Llama, Tokenizer, command_line, read_json, threads  # noqa: E402
 from prepare_data import texts_between, tokenised  # noqa: E402
-from tinymedusa import MedusaHeads, Sampling, Tree, generate, published_tree, set_threads  # noqa: E402
+from tinymedusa import (  # noqa: E402
+    MedusaHeads,
+    Sampling,
+    Tree,
+    choice_margin,
+    generate,
+    published_tree,
+    set_threads,
+    uniforms,
+)
 
 
 @torch.no_grad()
@@ -47,6 +56,14 @@ def timed(model, ids, args, seed, heads, tree):
     return [t for new in steps for t in new], list(map(len, steps[1:])), time.perf_counter() - begin
 
 
+@torch.no_grad()
+def margin_where_they_part(model, ids, plain, medusa, seed, args) -> float:
+    """How near plain decoding's choice was to another where the outputs part: float32 rounds a tree differently."""
+    at = next(i for i, (a, b) in enumerate(zip(plain, medusa, strict=False)) if a != b)
+    logits = model.lm_head(model(torch.tensor([ids + plain[:at]]))[0, -1])
+    return choice_margin(logits, uniforms([seed], at + 1)[0, -1].item(), Sampling(args.temperature))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT / "model"))
@@ -57,7 +74,7 @@ def main():
                         "the root not counted, instead of the heads' own tree.json")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--threads", default="auto")
+    parser.add_argument("--threads", type=threads, default="auto")
     parser.add_argument("--valid", metavar="FILE")
     args = parser.parse_args()
     model = Llama.from_pretrained(args.model)
@@ -82,7 +99,10 @@ def main():
     speed = lambda runs: statistics.median(len(tokens) / seconds for tokens, _, seconds in runs)
     ratio = statistics.quantiles([p[2] / m[2] for p, m in results if p[0] == m[0]], n=4)
     per_opening = [(len(tokens) - 1) / len(steps) for tokens, steps, _ in medusa]
-    print(f"identical outputs: {sum(p[0] == m[0] for p, m in results)} of {len(results)}")
+    margins = [margin_where_they_part(model, ids, p[0], m[0], i, args)
+               for i, (ids, (p, m)) in enumerate(zip(prompts, results, strict=True)) if p[0] != m[0]]
+    print(f"identical outputs: {sum(p[0] == m[0] for p, m in results)} of {len(results)}" + "".join(
+        f", one parts where the choice's margin is {margin:.1e}" for margin in margins))
     print(f"tokens per step: {sum(accepted) / len(accepted):.3f} over {len(accepted)} steps, "
           f"mean over the openings {statistics.mean(per_opening):.3f}")
     print("steps that emitted 1, 2, ... tokens: " + " ".join(

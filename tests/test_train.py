@@ -128,7 +128,8 @@ def test_schedule_and_batches():
 
 
 def test_the_command(tiny_folder, tmp_path, cli):
-    (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(f"the dog {'was happy ' * (5 + i % 3)}" for i in range(60)))
+    stories = [f"the dog {'was happy ' * (5 + i % 3)}" for i in range(60)]
+    (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(stories))
     assert cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out",
                tmp_path / "s.bin")[0] == 0
     status, out, err = cli("train_heads", "--model", tiny_folder, "--data", tmp_path / "s.bin", "--out", tmp_path / "h",
