@@ -107,7 +107,7 @@ def test_the_tree_is_grown_from_joint_hits():
     """Slow definition: a node's worth is the share of places where its whole path is right; take the best 6."""
     rank = torch.randint(0, 4, (3, 400), generator=torch.Generator().manual_seed(0)) * \
         torch.tensor([[1], [1], [3]])                                            # head 3 is worse
-    rank[:, ::9] = 12                                                            # no label, or beyond the vocabulary
+    rank[:, ::9], rank[0, ::7] = 12, 12                                          # beyond the vocabulary: no hit
     worth = {p: sum(rank[:len(p), t].tolist() == list(p) for t in range(400))
              for d in (1, 2, 3) for p in itertools.product(range(10), repeat=d)}
     best = grow_tree(path_hits(rank), 6)
