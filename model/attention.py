@@ -2,7 +2,8 @@
 
 causal_attention(q, k, v) equals F.scaled_dot_product_attention(q, k, v, is_causal=True)
 for float32 [B, heads, T, 4]. The first import compiles the extension (about half a minute, then cached); it needs g++,
-ninja and AVX-512. Measured with 16 heads, B=16, T=256, one thread: 2.2 ms forward and 5.1 ms backward, torch 31 and 73.
+ninja and AVX-512. `python model/attention.py` with 16 heads, B=16, T=256, one thread, 2 cores of an AMD EPYC (Zen 4):
+2.8 ms forward and 7.3 ms backward, torch's kernel 36 and 94.
 """
 from pathlib import Path
 
