@@ -37,7 +37,7 @@ from tinymedusa import (
     check_prompts,
     choice_margin,
     generate,
-    published_tree,
+    load_tree,
     set_threads,
     uniforms,
 )
@@ -60,26 +60,7 @@ def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None]:
             raise UserError("--tree needs heads: give --heads FOLDER")
         return None, None
     heads = MedusaHeads.from_pretrained(folder, model)
-    tree = args.tree if args.tree is not None else locate(folder, "tree.json", required=False)
-    paths = published_tree(heads.num_heads) if tree is None else read_tree(tree)
-    return heads, Tree.from_paths(paths, heads.num_heads, model.config.vocab_size)
-
-
-def read_tree(text) -> list:
-    """A tree from JSON, given as text or as a file: a list of paths, or an object whose `paths` is one."""
-    source = str(text).strip()
-    if source[:1] not in ("[", "{"):
-        try:
-            source = Path(text).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"can't read the tree {text}: {error}") from error
-    try:
-        tree = json.loads(source)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the tree is not valid JSON: {error}") from error
-    if isinstance(tree, dict) and "paths" not in tree:
-        raise UserError("the tree is a JSON object without the key 'paths'")
-    return tree["paths"] if isinstance(tree, dict) else tree
+    return heads, load_tree(folder, heads, args.tree)
 
 
 # ------------------------------------------------------------------------------------------------------- generating

@@ -370,6 +370,11 @@ def hf_name(name: str) -> str:
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
+def model_name(name_or_path) -> str:
+    """How a model is named in what is written down: a folder by its own name without its path, a hub id whole."""
+    return Path(name_or_path).resolve().name if Path(name_or_path).is_dir() else str(name_or_path)
+
+
 def load_config(name_or_path, revision=None) -> LlamaConfig:
     """`config.json`; a `generation_config.json` beside it overrules the end-of-text ids, as in HF's generate."""
     data = read_json(locate(name_or_path, "config.json", revision))
@@ -385,9 +390,11 @@ def locate(name_or_path, filename: str, revision=None, required=True) -> Path | 
         folder.exists()
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"{str(name_or_path)[:80]} is not a folder: {error}") from error
+    if (folder / filename).is_file():
+        return folder / filename
     if folder.is_dir():
-        if (folder / filename).is_file() or not required:
-            return folder / filename if (folder / filename).is_file() else None
+        if not required:
+            return None
         raise UserError(f"{folder} has no {filename}: give a folder in Hugging Face layout")
     if folder.exists() or str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") != 1:
         raise UserError(f"{name_or_path} is not a folder: give a model folder or a hub id such as Maykeye/TinyLLama-v0")

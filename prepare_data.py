@@ -25,12 +25,13 @@ from llama import (
     command_line,
     device,
     load_config,
+    model_name,
     number,
     read_json,
     write_atomic,
     write_json,
 )
-from tinymedusa import MedusaHeads, Sampling, Tree, check_prompts, generate, published_tree, set_threads
+from tinymedusa import MedusaHeads, Sampling, check_prompts, generate, load_tree, set_threads
 
 # ------------------------------------------------------------------------------------------------------ token files
 
@@ -172,10 +173,10 @@ def prepare(args) -> dict:
         model = Llama.from_pretrained(args.model, device=args.device)
         set_threads(model, rows=args.batch_size)
         heads = args.heads and MedusaHeads.from_pretrained(args.heads, model)
-        tree = heads and Tree.from_paths(published_tree(heads.num_heads), heads.num_heads, config.vocab_size)
+        tree = heads and load_tree(args.heads, heads)
         encoded = tokenizer.encode_batch(lines)
         check_prompts(encoded, config.max_position_embeddings)
-        source = {"model": Path(args.model).name, "openings": Path(args.openings).name, "limit": args.limit,
+        source = {"model": model_name(args.model), "openings": Path(args.openings).name, "limit": args.limit,
                   "seed": args.seed, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
         documents = self_distilled(model, heads, tree, encoded, args.max_new_tokens, Sampling(args.temperature),
                                    args.seed, args.batch_size)

@@ -14,6 +14,7 @@ base itself chose there, the output is plain decoding's, token for token, at any
 Shape letters: B rows, N nodes of the tree (root included), P path length (tree depth + 1), K heads, R ranks per head,
                T tokens, W window of the cache, H hidden, V vocabulary
 """
+import json
 import os
 import time
 from pathlib import Path
@@ -228,6 +229,30 @@ class MedusaHeads(nn.Module):
             for name, view in named.items():
                 view.copy_(tensors[name])
         return heads.eval()
+
+
+def read_tree(text) -> list:
+    """A tree from JSON, given as text or as a file: a list of paths, or an object whose `paths` is one."""
+    source = str(text).strip()
+    if source[:1] not in ("[", "{"):
+        try:
+            source = Path(text).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"can't read the tree {text}: {error}") from error
+    try:
+        tree = json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the tree is not valid JSON: {error}") from error
+    if isinstance(tree, dict) and "paths" not in tree:
+        raise UserError("the tree is a JSON object without the key 'paths'")
+    return tree["paths"] if isinstance(tree, dict) else tree
+
+
+def load_tree(folder, heads: MedusaHeads, given=None) -> Tree:
+    """The tree of some heads: the one given (JSON or a file), else `tree.json` in their folder, else the published."""
+    tree = given if given is not None else locate(folder, "tree.json", required=False)
+    paths = published_tree(heads.num_heads) if tree is None else read_tree(tree)
+    return Tree.from_paths(paths, heads.num_heads, heads.vocab_size)
 
 
 # --------------------------------------------------------------------------------------------------- choosing a token

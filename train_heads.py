@@ -29,6 +29,7 @@ from llama import (
     at_least_float32,
     command_line,
     device,
+    model_name,
     number,
     write_json,
 )
@@ -196,7 +197,7 @@ def main():
                                   tie_lm_head=args.tie_lm_head)
     train(model, heads, documents, epochs=args.epochs, lr=args.lr, warmup=args.warmup, decay=args.decay,
           batch_tokens=args.batch_tokens, seed=args.seed)
-    heads.save(args.out, base_model=Path(args.model).resolve().name if Path(args.model).is_dir() else args.model)
+    heads.save(args.out, base_model=model_name(args.model))
     figures, rank = evaluate(model, heads, held_out, args.batch_tokens)
     write_json(Path(args.out) / "tree.json", {"paths": grow_tree(path_hits(rank), args.tree_nodes),
                                               "source": f"{rank.shape[1]} held-out places of the heads' own data"})

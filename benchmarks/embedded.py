@@ -8,6 +8,7 @@ Plain decoding and Medusa alternate on each opening (one stream, one run each, b
 ratio within one run: its median over the openings is printed with its quartiles.
 """
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -19,14 +20,14 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from llama import Llama, Tokenizer, command_line, read_json, threads  # noqa: E402
+from llama import Llama, Tokenizer, command_line, threads  # noqa: E402
 from prepare_data import texts_between, tokenised  # noqa: E402
 from tinymedusa import (  # noqa: E402
     MedusaHeads,
     Sampling,
-    Tree,
     choice_margin,
     generate,
+    load_tree,
     published_tree,
     set_threads,
     uniforms,
@@ -80,9 +81,8 @@ def main():
     model = Llama.from_pretrained(args.model)
     folder = Path(args.heads or Path(args.model) / "medusa")
     heads = MedusaHeads.from_pretrained(folder, model)
-    paths = published_tree(heads.num_heads, args.published) if args.published else \
-        read_json(folder / "tree.json")["paths"]
-    tree = Tree.from_paths(paths, heads.num_heads, model.config.vocab_size)
+    published = json.dumps(published_tree(heads.num_heads, args.published)) if args.published else None
+    tree = load_tree(folder, heads, published)
     tokenizer = Tokenizer(args.model, model.config)
     set_threads(model, args.threads)
     print(f"{torch.get_num_threads()} thread(s), temperature {args.temperature}, {args.max_new_tokens} new tokens or "
