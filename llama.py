@@ -383,7 +383,7 @@ def load_config(name_or_path, revision=None) -> LlamaConfig:
     return LlamaConfig.from_dict(data)
 
 
-def locate(name_or_path, filename: str, revision=None, required=True) -> Path | None:
+def locate(name_or_path, filename: str, revision=None, required=True, repo_type="model") -> Path | None:
     """The local path of one file of a model: a folder's, or downloaded from the hub (only the files asked for)."""
     try:
         folder = Path(name_or_path).expanduser()
@@ -400,7 +400,7 @@ def locate(name_or_path, filename: str, revision=None, required=True) -> Path | 
         raise UserError(f"{name_or_path} is not a folder: give a model folder or a hub id such as Maykeye/TinyLLama-v0")
     from huggingface_hub import errors, hf_hub_download
     try:
-        return Path(hf_hub_download(str(name_or_path), filename, revision=revision))
+        return Path(hf_hub_download(str(name_or_path), filename, revision=revision, repo_type=repo_type))
     except errors.LocalEntryNotFoundError as error:
         if not required:
             return None                              # offline: the cache has what an earlier run needed
@@ -524,7 +524,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, bos first (whether or not the file's own post-processor writes it)."""
-        return [e.ids if e.ids[:1] == self.bos else self.bos + e.ids for e in self.backend.encode_batch(texts)]
+        return [e.ids if e.ids[:1] == self.bos else self.bos + e.ids for e in self.backend.encode_batch_fast(texts)]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]

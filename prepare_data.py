@@ -1,15 +1,23 @@
-"""Token files for train_heads.py: from a text, or written by the model itself (self-distillation).
+"""Token files for train_heads.py: from a text or conversations, or written by the model itself (self-distillation).
 
-    python prepare_data.py --text stories.txt --out data/stories.bin
-    python prepare_data.py --openings model/openings.txt --out data/distilled.bin
-    python prepare_data.py --model DIR_OR_HUB_ID --openings openings.txt --temperature 0.7 --out data/sampled.bin
+    python prepare_data.py --text stories.txt --out data/stories.bin              # or a .jsonl with "text" in a line
+    python prepare_data.py --openings model/openings.txt --out data/greedy.bin        # the model continues each line
+    python prepare_data.py --text stories.txt --distill --temperature 0.7 --out data/sampled.bin
+    python prepare_data.py --sharegpt chats.json --model DIR_OR_HUB_ID --out data/chats.bin     # --distill: re-answered
+    python prepare_data.py --tinystories --split train --limit 1000 --first-words 5 --out data/original.bin
+    torchrun --nproc-per-node 2 prepare_data.py --openings FILE --out data/greedy.bin    # a file a process, see `shard`
 
 Heads learn to guess what the *base* will write, so text by the base itself trains them best, and needs nobody's data:
-it continues short openings (one a line), batched, by the very step that generate.py decodes with.
-A token file is as in nanoGPT: ids as uint16 or uint32, documents one after the other, `bos .. eos`. The JSON beside it
-holds the tokenizer's hash, the counts and the source; it is written last, so a file without it is not whole.
+it continues openings in batches, by the very step that generate.py decodes with.
+A token file is a stream of uint16 or uint32 as in nanoGPT, but an entry is 2 * id + loss: loss 1 where heads should
+learn the token (the text, or what the assistant or the model wrote), 0 where it is a prompt. Documents stand one after
+the other, `bos .. eos`. The JSON beside it holds the tokenizer's hash, the counts and the source; it is written last,
+so a file without it is not whole.
 """
 import hashlib
+import json
+import os
+import re
 from itertools import chain, islice
 from pathlib import Path
 
@@ -25,6 +33,7 @@ from llama import (
     command_line,
     device,
     load_config,
+    locate,
     model_name,
     number,
     read_json,
@@ -33,27 +42,40 @@ from llama import (
 )
 from tinymedusa import MedusaHeads, Sampling, check_prompts, generate, load_tree, set_threads
 
+TINYSTORIES = {"train": "TinyStoriesV2-GPT4-train.txt", "validation": "TinyStoriesV2-GPT4-valid.txt"}
+HELD_OUT = 50           # every 50th document of a source without splits of its own is its validation split
+BATCH = 2 ** 20         # characters tokenised at once, and the length at which a document is cut
+# vicuna_v1.1 of FastChat: "{SYSTEM} USER: .. ASSISTANT: ..</s>USER: .. ASSISTANT: ..</s>"
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+
 # ------------------------------------------------------------------------------------------------------ token files
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
 
 
+def entries(ids, loss: bool) -> np.ndarray:
+    """Token ids → entries of a token file."""
+    return np.asarray(ids, np.uint32) * 2 + loss
+
+
 def write_tokens(path, documents, tokenizer: Tokenizer, vocab_size: int, source: dict) -> dict:
-    """Streams documents (lists of ids) to `path` and the facts to `path`.json; a temporary name until it is whole."""
+    """Streams documents (arrays of entries) to `path` and the facts to `path`.json; a temporary name until whole."""
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder: --out names a file")
-    dtype = np.uint16 if vocab_size <= 2 ** 16 else np.uint32
-    counts = {"documents": 0, "tokens": 0}
+    dtype = np.uint16 if vocab_size <= 2 ** 15 else np.uint32
+    counts = {"documents": 0, "tokens": 0, "loss_tokens": 0}
     facts = Path(f"{path}.json")
 
     def write(temporary):
         with open(temporary, "wb") as file:
-            for ids in documents:
-                file.write(np.asarray(ids, dtype=dtype).tobytes())
+            for document in documents:
+                file.write(document.astype(dtype).tobytes())
                 counts["documents"] += 1
-                counts["tokens"] += len(ids)
-        if not counts["tokens"]:
+                counts["tokens"] += len(document)
+                counts["loss_tokens"] += int((document & 1).sum())
+        if not counts["loss_tokens"]:
             raise UserError(f"{path}: nothing to write, the source holds no text")
         facts.unlink(missing_ok=True)          # from here to write_json there is no whole token file
     write_atomic(path, write)
@@ -63,7 +85,7 @@ def write_tokens(path, documents, tokenizer: Tokenizer, vocab_size: int, source:
 
 
 def read_tokens(path, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The documents of a token file, as views of the mapped file.
+    """The documents of a token file (2 * id + loss), as views of the mapped file.
 
     A document starts at each bos (a tokenizer without one: after each eos). Raises UserError: no such file, not whole,
     or written with another tokenizer.
@@ -74,8 +96,8 @@ def read_tokens(path, tokenizer: Tokenizer) -> list[np.ndarray]:
     if not facts.is_file():
         raise UserError(f"{facts} is missing: was the preparation of {path} interrupted? Run prepare_data.py again")
     data = read_json(facts)
-    if data.get("dtype") not in ("uint16", "uint32"):
-        raise UserError(f"{facts}: dtype {data.get('dtype')!r} is neither uint16 nor uint32")
+    if data.get("dtype") not in ("uint16", "uint32") or "loss_tokens" not in data:
+        raise UserError(f"{facts}: not a token file of this version: prepare it again")
     if data.get("tokenizer_sha256") != tokenizer_hash(tokenizer):
         raise UserError(f"{path} was written with another tokenizer than {tokenizer.path}: prepare it for this model")
     if type(data.get("tokens")) is not int or data["tokens"] < 1:
@@ -83,12 +105,13 @@ def read_tokens(path, tokenizer: Tokenizer) -> list[np.ndarray]:
     expected = data["tokens"] * np.dtype(data["dtype"]).itemsize
     if path.stat().st_size != expected:
         raise UserError(f"{path} has {path.stat().st_size} bytes, {facts.name} says {expected}: prepare it again")
-    ids = np.memmap(path, data["dtype"], "r")
-    if ids.max() >= tokenizer.size:
-        raise UserError(f"{path} holds the id {ids.max()}, the tokenizer only {tokenizer.size}: prepare it again")
-    starts = np.flatnonzero(ids == tokenizer.bos[0]) if tokenizer.bos else \
-        np.flatnonzero(np.isin(ids, tokenizer.eos)) + 1
-    return [d for d in np.split(ids, starts) if len(d)]
+    stream = np.memmap(path, data["dtype"], "r")
+    if stream.max() // 2 >= tokenizer.size:
+        raise UserError(f"{path} holds the id {stream.max() // 2}, the tokenizer only {tokenizer.size}: "
+                        "prepare it again")
+    starts = np.flatnonzero(stream // 2 == tokenizer.bos[0]) if tokenizer.bos else \
+        np.flatnonzero(np.isin(stream // 2, tokenizer.eos)) + 1
+    return [d for d in np.split(stream, starts) if len(d)]
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
@@ -104,39 +127,170 @@ def read_lines(path):
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def texts_between(path, separator: str):
-    """The texts of a file between lines that hold only the separator, streamed, stripped; empty ones are skipped."""
-    lines = []
-    for line in chain(read_lines(path), [separator]):
-        if line.strip() != separator:
-            lines.append(line)
-            continue
-        if text := "".join(lines).strip():
-            yield text
-        lines = []
+def json_lines(path):
+    """(place, value) for each line of a JSONL file, or each item of a JSON file that is one list."""
+    if Path(path).suffix == ".jsonl":
+        lines = ((f"{path}, line {i}", line) for i, line in enumerate(read_lines(path), 1) if line.strip())
+    else:
+        lines = [(str(path), "".join(read_lines(path)))]
+    for place, line in lines:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place} is not valid JSON: {error}") from error
+        if isinstance(value, list):
+            yield from ((f"{path}, item {i}", item) for i, item in enumerate(value))
+        else:
+            yield place, value
 
 
-def tokenised(texts, tokenizer: Tokenizer, batch_size: int = 1000):
-    """bos text eos, encoded in batches by the library's own threads."""
-    while batch := list(islice(texts, batch_size)):
-        yield from (ids + tokenizer.eos[:1] for ids in tokenizer.encode_batch(batch))
+def texts(path, separator: str):
+    """The texts of a file, streamed, stripped, empty ones skipped; one longer than BATCH characters comes in pieces.
 
-
-def self_distilled(model: Llama, heads, tree, openings: list, max_new_tokens: int, sampling: Sampling, seed: int,
-                   batch_size: int):
-    """The model's own continuations of the openings (lists of ids), each with its opening before it.
-
-    Openings of like length share a batch. Row i draws from seed + i, i its place in the list, whatever its batch.
+    A .jsonl file has a "text" in each line; in any other the texts stand between lines that hold only the separator.
     """
-    order = sorted(range(len(openings)), key=lambda i: len(openings[i]))
+    def between():
+        lines, size = [], 0
+        for line in chain(read_lines(path), [separator]):
+            if line.strip() != separator:
+                lines.append(line)
+                size += len(line)
+            if line.strip() == separator or size > BATCH:
+                yield "".join(lines)
+                lines, size = [], 0
+
+    def fields():
+        for place, value in json_lines(path):
+            if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+                raise UserError(f'{place}: expected an object with a "text"')
+            yield value["text"]
+    for text in fields() if Path(path).suffix == ".jsonl" else between():
+        if text := text.strip():
+            yield from (text[i:i + BATCH] for i in range(0, len(text), BATCH))
+
+
+def conversations(path):
+    """ShareGPT → conversations as lists of rounds [human, answer], stripped; those without a whole round are skipped.
+
+    What stands before the first human turn is dropped, as in the original's training, and so is everything from the
+    first turn on that is out of turn or empty (an unanswered question at the end, for one).
+    """
+    for place, item in json_lines(path):
+        turns = item.get("conversations") if isinstance(item, dict) else None
+        if not isinstance(turns, list) or not all(
+                isinstance(t, dict) and isinstance(t.get("from"), str) and isinstance(t.get("value"), str)
+                for t in turns):
+            raise UserError(f'{place}: expected {{"conversations": [{{"from": .., "value": ..}}, ..]}} as in ShareGPT')
+        turns = [(t["from"], t["value"].strip()) for t in turns]
+        while turns and turns[0][0] != "human":
+            turns.pop(0)
+        rounds = []
+        for (role, question), (other, answer) in zip(turns[::2], turns[1::2], strict=False):
+            if (role, other) != ("human", "gpt") or not question or not answer:
+                break
+            rounds.append([question, answer])
+        if rounds:
+            yield rounds
+
+
+def opening(text: str) -> str:
+    """The first sentence of a text (up to 200 characters of it), to be continued."""
+    return re.match(r".+?[.!?][\"']?(?=\s|$)|.*", text)[0][:200]
+
+
+def shard() -> tuple[int, int]:
+    """(rank, processes) as torchrun says it; alone (0, 1). Process r takes every item whose index is r modulo them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+# ------------------------------------------------------------------------------------------------------- tokenising
+
+def batches(items, size):
+    """Lists of consecutive items, each of about BATCH characters; `size`: an item's characters."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= BATCH:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+
+def tokenised(texts, tokenizer: Tokenizer):
+    """bos text eos, encoded in batches by the library's own threads; every token carries loss."""
+    for batch in batches(texts, len):
+        yield from (entries(ids + tokenizer.eos[:1], True) for ids in tokenizer.encode_batch(batch))
+
+
+def question(index: int, text: str) -> str:
+    """A human turn in the vicuna_v1.1 template, up to where the answer begins (with a space)."""
+    return f"{'' if index else SYSTEM + ' '}USER: {text} ASSISTANT:"
+
+
+def rendered(conversations, tokenizer: Tokenizer):
+    """bos, then question, answer and eos of each round; answers and eos carry loss.
+
+    Question and answer are encoded as one string, as they are read at generation; a token belongs to the answer if it
+    begins behind the colon.
+    """
+    for batch in batches(conversations, lambda rounds: sum(len(q) + len(a) for q, a in rounds)):
+        prompts = [question(i, q) for rounds in batch for i, (q, _) in enumerate(rounds)]
+        answers = [answer for rounds in batch for _, answer in rounds]
+        encoded = iter(zip(prompts, tokenizer.backend.encode_batch(
+            [f"{p} {a}" for p, a in zip(prompts, answers, strict=True)], add_special_tokens=False), strict=True))
+        for rounds in batch:
+            pieces = [entries(tokenizer.bos, False)]
+            for prompt, e in islice(encoded, len(rounds)):
+                loss = [start >= len(prompt) for start, _ in e.offsets]
+                pieces += [entries(e.ids, np.array(loss)), entries(tokenizer.eos[:1], True)]
+            yield np.concatenate(pieces)
+
+
+# ------------------------------------------------------------------------------------------------ self-distillation
+
+def continued(prompts: dict, write, batch_size: int):
+    """(key, new ids) for each prompt (key → ids), in batches of like length; the key seeds the row.
+
+    `write(prompts, seeds)` is `generate` with all else given.
+    """
+    order = sorted(prompts, key=lambda key: len(prompts[key]))
     for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]
-        documents = [list(openings[i]) for i in rows]
-        for new in generate(model, [openings[i] for i in rows], max_new_tokens, heads=heads, tree=tree,
-                            sampling=sampling, seeds=[seed + i for i in rows]):
-            for document, ids in zip(documents, new, strict=True):
-                document += ids
-        yield from documents
+        keys = order[start:start + batch_size]
+        new = [[] for _ in keys]
+        for step in write([prompts[key] for key in keys], keys):
+            for row, ids in zip(new, step, strict=True):
+                row += ids
+        yield from zip(keys, new, strict=True)
+
+
+def continuations(openings: dict, write, batch_size: int):
+    """Each opening (key → ids) with what the model writes behind it, which carries loss."""
+    for key, new in continued(openings, write, batch_size):
+        yield np.concatenate((entries(openings[key], False), entries(new, True)))
+
+
+def answered_anew(talks: dict, tokenizer: Tokenizer, write, batch_size: int, context: int):
+    """Conversations (key → rounds) whose every answer is the model's own, as entries.
+
+    All first questions are answered, then all second ones behind their own first answer, and so on. A conversation
+    ends early with an answer that had to be cut, or when the next question leaves no room.
+    """
+    done = {key: [entries(tokenizer.bos, False)] for key in talks}
+    open_talks = dict(talks)
+    for i in range(max(map(len, talks.values()), default=0)):
+        open_talks = {key: rounds for key, rounds in open_talks.items() if i < len(rounds)}
+        encoded = tokenizer.backend.encode_batch([question(i, rounds[i][0]) for rounds in open_talks.values()],
+                                                 add_special_tokens=False)
+        asked = {key: entries(e.ids, False) for key, e in zip(open_talks, encoded, strict=True)}
+        prompts = {key: (np.concatenate(done[key] + [asked[key]]) // 2).tolist() for key in asked}
+        prompts = {key: ids for key, ids in prompts.items() if len(ids) < context}
+        answers = dict(continued(prompts, write, batch_size))
+        for key, new in answers.items():
+            done[key] += [asked[key], entries(new, True)]
+        open_talks = {key: talks[key] for key, new in answers.items() if new[-1] in tokenizer.eos}
+    yield from (np.concatenate(pieces) for pieces in done.values() if len(pieces) > 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -145,50 +299,94 @@ def arguments(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], epilog="See the top of prepare_data.py for examples.")
     parser.add_argument("--model", default=str(Path(__file__).parent / "model"), help="folder or hub id")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", metavar="FILE", help="UTF-8 text, documents separated by lines of --separator")
+    source.add_argument("--text", metavar="FILE", help='UTF-8 text, or .jsonl with a "text" in each line')
+    source.add_argument("--tinystories", nargs="?", const="roneneldan/TinyStories", metavar="DIR_OR_HUB_ID",
+                        help="its V2-GPT4 file of --split, by default from the hub")
+    source.add_argument("--sharegpt", metavar="FILE", help="conversations, JSON or .jsonl (vicuna_v1.1 template)")
     source.add_argument("--openings", metavar="FILE", help="one opening a line; the model continues each")
     parser.add_argument("--out", required=True, metavar="FILE", help="the token file; FILE.json is written beside it")
-    parser.add_argument("--separator", default="<|endoftext|>")
-    parser.add_argument("--limit", type=number(int, 1), help="only the first documents or openings")
-    parser.add_argument("--heads", help="Medusa heads to write with (default: plain decoding)")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), default=400)
+    parser.add_argument("--separator", default="<|endoftext|>", help="the line between two texts")
+    parser.add_argument("--split", choices=("train", "validation"), help=f"validation: every {HELD_OUT}th document, "
+                        "train: the others; default all (--tinystories: train)")
+    parser.add_argument("--limit", type=number(int, 1), help="only the first documents, openings or conversations")
+    parser.add_argument("--first-words", type=number(int, 1), help="a text becomes a conversation as in the original's "
+                        "set: its first words are the human turn, the whole text the answer")
+    parser.add_argument("--distill", action="store_true", help="the model itself continues the texts' first sentences, "
+                        "or answers the conversations' questions")
+    parser.add_argument("--heads", help="Medusa heads to write with (default: plain, faster for a batch on a CPU)")
+    parser.add_argument("--max-new-tokens", type=number(int, 1), default=400, help="of a continuation or an answer")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0)
-    parser.add_argument("--seed", type=SEED, default=0)
-    parser.add_argument("--batch-size", type=number(int, 1), default=64)
+    parser.add_argument("--seed", type=SEED, default=0, help="item i of the source draws from seed + i")
+    parser.add_argument("--batch-size", type=number(int, 1), default=128, help="rows written at once")
     parser.add_argument("--device", type=device, default="cpu")
     return parser.parse_args(argv)
 
 
-def prepare(args) -> dict:
-    config = load_config(args.model)
-    tokenizer = Tokenizer(args.model, config)
-    if args.text:
-        source = {"text": Path(args.text).name, "limit": args.limit}
-        documents = tokenised(islice(texts_between(args.text, args.separator), args.limit), tokenizer)
-        bar = {"desc": "tokenising", "unit": " documents"}
+def source_items(args):
+    """What the source holds: texts, or conversations (lists of rounds), split, limited, without doubles to continue."""
+    if args.sharegpt:
+        items = conversations(args.sharegpt)
+    elif args.openings:
+        items = (line.strip() for line in read_lines(args.openings) if line.strip())
+    elif args.tinystories:
+        items = texts(locate(args.tinystories, TINYSTORIES[args.split or "train"], repo_type="dataset"), args.separator)
     else:
-        lines = list(dict.fromkeys(line.strip() for line in read_lines(args.openings) if line.strip()))[:args.limit]
-        if not lines:
-            raise UserError(f"{args.openings} holds no opening: write one a line")
-        model = Llama.from_pretrained(args.model, device=args.device)
-        set_threads(model, rows=args.batch_size)
-        heads = args.heads and MedusaHeads.from_pretrained(args.heads, model)
-        tree = heads and load_tree(args.heads, heads)
-        encoded = tokenizer.encode_batch(lines)
-        check_prompts(encoded, config.max_position_embeddings)
-        source = {"model": model_name(args.model), "openings": Path(args.openings).name, "limit": args.limit,
-                  "seed": args.seed, "temperature": args.temperature, "max_new_tokens": args.max_new_tokens}
-        documents = self_distilled(model, heads, tree, encoded, args.max_new_tokens, Sampling(args.temperature),
-                                   args.seed, args.batch_size)
-        bar = {"desc": "continuing", "unit": " openings", "total": len(lines)}
-    with tqdm(documents, **bar) as progress:
-        return write_tokens(args.out, progress, tokenizer, config.vocab_size, source)
+        items = texts(args.text, args.separator)
+    if args.split and not args.tinystories:
+        items = (item for i, item in enumerate(items) if (i % HELD_OUT == 0) == (args.split == "validation"))
+    items = islice(items, args.limit)
+    if args.first_words:
+        items = ([[" ".join(text.split(" ")[:args.first_words]), text]] for text in items)
+    return items
+
+
+def distilled(args, items, config, tokenizer: Tokenizer):
+    """The model's own text for the items of this process, and how many they are."""
+    talks = bool(args.sharegpt or args.first_words)
+    items = list(items) if talks else list(dict.fromkeys(opening(t) if not args.openings else t for t in items))
+    rank, world = shard()
+    items = {args.seed + i: item for i, item in enumerate(items) if i % world == rank}
+    if not items:
+        raise UserError("the source holds nothing to continue: write at least one opening or question a process")
+    model = Llama.from_pretrained(args.model, device=args.device)
+    set_threads(model, rows=args.batch_size)
+    heads = args.heads and MedusaHeads.from_pretrained(args.heads, model)
+    tree = heads and load_tree(args.heads, heads)
+
+    def write(prompts, seeds):
+        return generate(model, prompts, args.max_new_tokens, heads=heads, tree=tree, seeds=seeds,
+                        sampling=Sampling(args.temperature))
+    if talks:
+        return answered_anew(items, tokenizer, write, args.batch_size, config.max_position_embeddings), len(items)
+    encoded = dict(zip(items, tokenizer.encode_batch(list(items.values())), strict=True))
+    check_prompts(list(encoded.values()), config.max_position_embeddings)
+    return continuations(encoded, write, args.batch_size), len(items)
+
+
+def prepare(args) -> tuple[str, dict]:
+    """Writes the token file → its name and its facts."""
+    config, (rank, world) = load_config(args.model), shard()
+    tokenizer, total = Tokenizer(args.model, config), None
+    tokenizer.backend.encode_special_tokens = True      # "<s>" in a text is text, and does not begin a document
+    items, talks = source_items(args), bool(args.sharegpt or args.first_words)
+    if args.distill or args.openings:
+        documents, total = distilled(args, items, config, tokenizer)
+    else:
+        items = islice(items, rank, None, world)
+        documents = rendered(items, tokenizer) if talks else tokenised(items, tokenizer)
+    options = {k: v for k, v in vars(args).items() if k not in ("model", "out", "device", "heads", "batch_size")}
+    source = {"model": model_name(args.model)} | {
+        k: Path(v).name if k in ("text", "sharegpt", "openings") else v for k, v in options.items() if v}
+    out = Path(args.out)
+    if world > 1:
+        out = out.with_name(f"{out.stem}-{rank:05d}-of-{world:05d}{out.suffix}")
+    with tqdm(documents, desc="preparing", unit=" documents", total=total, disable=rank > 0) as progress:
+        return out, write_tokens(out, progress, tokenizer, config.vocab_size, source)
 
 
 def main():
-    args = arguments()
-    facts = prepare(args)
-    print(f"{args.out}: {facts['documents']} documents, {facts['tokens']} tokens")
+    out, facts = prepare(arguments())
+    print(f"{out}: {facts['documents']} documents, {facts['tokens']} tokens, {facts['loss_tokens']} of them to learn")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ base itself chose there, the output is plain decoding's, token for token, at any
 Shape letters: B rows, N nodes of the tree (root included), P path length (tree depth + 1), K heads, R ranks per head,
                T tokens, W window of the cache, H hidden, V vocabulary
 """
+import itertools
 import json
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,13 +55,15 @@ def published_tree(num_heads: int, nodes: int = 15) -> list[list[int]]:
     return [path for path in PUBLISHED_TREE if len(path) <= num_heads][:nodes]
 
 
-def grow_tree(hits: dict[tuple, int], nodes: int) -> list[list[int]]:
-    """The `nodes` paths that were right most often; `hits`: path of ranks → places where all of it was right.
-
-    A path is right only where its ancestors are, so the most frequent ones always form a tree, and of all trees of
-    this size it is the one with the most expected accepted tokens at a place (section 2.3.3, with joint counts).
-    """
-    return [list(path) for path in sorted(hits, key=lambda path: (-hits[path], len(path), path))[:nodes]]
+class Level(NamedTuple):
+    """The nodes that one call of the heads drafts: those of heads `first + 1` to `last`, read at M nodes."""
+    first: int
+    last: int
+    at: Tensor         # [M, first + 1] the nodes from the root to each node that is read at
+    head: Tensor       # [n] for every node drafted: which of these heads guesses it,
+    slot: Tensor       # [n] read at which of the M nodes,
+    rank: Tensor       # [n] and which of the guesses it is
+    ranks: int         # guesses needed of a head
 
 
 class Tree(NamedTuple):
@@ -67,12 +71,12 @@ class Tree(NamedTuple):
     paths: list        # node → the ranks on its way from the root: [] the root, [0, 2] rank 2 of head 2 after rank 0
     parent: Tensor     # [N] (the root is its own parent)
     depth: Tensor      # [N]
-    rank: Tensor       # [N] which of its head's guesses the node is
     ancestors: Tensor  # [N, N] bool, ancestors[i, j]: j is i or an ancestor of i
     path: Tensor       # [N, P] the nodes from the root to node n; beyond its depth path[n, j] = j (any j.. would do)
+    levels: list       # how it is drafted: all nodes at once from the root, or depth by depth (`sequential`)
 
     @classmethod
-    def from_paths(cls, paths, num_heads: int, vocab_size: int) -> "Tree":
+    def from_paths(cls, paths, num_heads: int, vocab_size: int, sequential: bool = False) -> "Tree":
         """From a list of paths of ranks such as [[0], [0, 0], [1]], in any order; the root is implied.
 
         Raises UserError that names the path: not a list of ranks, twice, an ancestor missing, deeper than the heads
@@ -101,8 +105,17 @@ class Tree(NamedTuple):
         ancestors = torch.zeros(len(nodes), len(nodes), dtype=torch.bool)
         for i, p in enumerate(nodes):
             ancestors[i, path[i, :len(p) + 1]] = True
-        return cls([list(p) for p in nodes], torch.tensor([index[p[:-1]] for p in nodes]), depth,
-                   torch.tensor([p[-1] if p else 0 for p in nodes]), ancestors, path)
+        spans = [(d, d + 1) for d in range(deepest)] if sequential else [(0, deepest)][:deepest]
+        levels = []
+        for first, last in spans:
+            new = [p for p in nodes if first < len(p) <= last]
+            at = sorted({p[:first] for p in new})
+            levels.append(Level(first, last, torch.tensor([[index[a[:j]] for j in range(first + 1)] for a in at]),
+                                torch.tensor([len(p) - 1 - first for p in new]),
+                                torch.tensor([at.index(p[:first]) for p in new]),
+                                torch.tensor([p[-1] for p in new]), 1 + max(p[-1] for p in new)))
+        return cls([list(p) for p in nodes], torch.tensor([index[p[:-1]] for p in nodes]), depth, ancestors, path,
+                   levels)
 
     @classmethod
     def root(cls) -> "Tree":
@@ -110,7 +123,8 @@ class Tree(NamedTuple):
         return cls.from_paths([], 0, 1)
 
     def to(self, device) -> "Tree":
-        return Tree(self.paths, *(t.to(device) for t in self[1:]))
+        move = lambda fields: [f.to(device) if isinstance(f, Tensor) else f for f in fields]
+        return Tree(*move(self[:-1]), [Level(*move(level)) for level in self.levels])
 
     def draw(self) -> str:
         """The tree as text, a node's rank a line."""
@@ -118,35 +132,93 @@ class Tree(NamedTuple):
             children = [i for i in range(1, len(self.paths)) if self.parent[i] == node]
             for child in children:
                 last = child == children[-1]
-                yield f"{before}{'└─' if last else '├─'}{self.rank[child]}"
+                yield f"{before}{'└─' if last else '├─'}{self.paths[child][-1]}"
                 yield from lines(child, before + ("  " if last else "│ "))
         return "\n".join(["root", *lines(0, "")])
 
 
+def path_hits(ranks: list, places: list | None = None, widest: int = 32) -> Counter:
+    """For each path of ranks below `widest`, the places where all of it was right (joint counts, not a product).
+
+    ranks: for each text [K, n], the rank that head k gave the right token at each place (0: its first guess);
+    places: for each text the bool [n] that says where to count, default everywhere.
+    """
+    hits = Counter()
+    for i, rank in enumerate(ranks):
+        for place in (rank if places is None else rank[:, places[i]]).t().tolist():
+            right = list(itertools.takewhile(lambda r: r < widest, place))
+            hits.update(tuple(right[:depth]) for depth in range(1, len(right) + 1))
+    return hits
+
+
+def grow_tree(hits: dict[tuple, int], nodes: int, deepest: int = ROTARY_SLACK) -> list[list[int]]:
+    """The `nodes` paths that were right most often; `hits`: path of ranks → places where all of it was right.
+
+    A path is right only where its ancestors are, so the most frequent ones always form a tree, and of all trees of
+    this size it is the one with the most expected accepted tokens at a place (section 2.3.3, with joint counts).
+    """
+    paths = [path for path in hits if len(path) <= deepest]
+    return [list(path) for path in sorted(paths, key=lambda path: (-hits[path], len(path), path))[:nodes]]
+
+
+def walk(tree: Tree, ranks: list, own: list) -> tuple[dict, list]:
+    """Decodes known texts with a tree, from their ranks alone → what it reached, and for each text where steps began.
+
+    ranks: see `path_hits`; own: for each text bool [n], where the root is a token of the model and another follows.
+    Exactly the steps of `generate`: one begins at the first place and the next where the last one ended. A mean over
+    all places instead would overstate, since steps land on the places that were hard to guess.
+    tokens_per_step: new tokens behind the first / steps. reach: the share of steps that accept each node (node order of
+    `tree.paths`), depth_reach: that accept at least so many drafts.
+    """
+    ends, begins = torch.zeros(len(tree.paths)), []
+    for rank, mine in zip(ranks, own, strict=True):
+        node = torch.zeros(rank.shape[1], dtype=torch.long)             # the deepest right node at each place
+        for i, path in enumerate(tree.paths[1:], 1):
+            node[(rank[:len(path)] == torch.tensor(path)[:, None]).all(0)] = i
+        taken, allowed, begun, place = (tree.depth[node] + 1).tolist(), mine.tolist(), [], 0
+        while place < len(taken):
+            if allowed[place]:
+                begun.append(place)
+            place += taken[place] if allowed[place] else 1
+        begins.append(torch.zeros(len(taken), dtype=torch.bool))
+        begins[-1][begun] = True
+        ends += torch.bincount(node[begun], minlength=len(ends))
+    steps = max(1, int(ends.sum()))
+    reach = ends @ tree.ancestors.float() / steps                       # an accepted node's ancestors are accepted
+    by_depth = torch.zeros(tree.path.shape[1]).index_add(0, tree.depth, reach)
+    return {"tokens_per_step": sum(int(m.sum()) for m in own) / steps, "steps": int(ends.sum()),
+            "depth_reach": by_depth.tolist(), "reach": reach.tolist()}, begins
+
+
 # ------------------------------------------------------------------------------------------------------------ heads
 
-class ResidualBlock(nn.Module):
-    """x + SiLU(W x + b), or wide: x + D SiLU(U x + b) with U [width, H], D [H, width]; K heads at once.
+KINDS = ("medusa", "root", "hydra")     # what a head sees beside the hidden state: see MedusaHeads
 
-    Starts as the identity (W, b and D zero), so that an untrained head repeats the base.
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(W z + b), or wide: x + D SiLU(U z + b) with U [width, ..], D [H, width]; K heads at once.
+
+    z is x and, in the first block of heads that see tokens, their embeddings behind it. Starts as the identity (W, b
+    and D zero), so that an untrained head repeats the base.
     """
-    def __init__(self, num_heads: int, hidden_size: int, width: int | None):
+    def __init__(self, num_heads: int, hidden_size: int, width: int | None, seen: int):
         super().__init__()
+        inputs = hidden_size * (1 + seen)
         if width is None:
-            self.linear_weight = nn.Parameter(torch.zeros(num_heads, hidden_size, hidden_size))
+            self.linear_weight = nn.Parameter(torch.zeros(num_heads, hidden_size, inputs))
             self.linear_bias = nn.Parameter(torch.zeros(num_heads, hidden_size))
         else:
-            self.up_weight = nn.Parameter(torch.empty(num_heads, width, hidden_size))
+            self.up_weight = nn.Parameter(torch.empty(num_heads, width, inputs))
             self.up_bias = nn.Parameter(torch.zeros(num_heads, width))
             self.down_weight = nn.Parameter(torch.zeros(num_heads, hidden_size, width))
             nn.init.normal_(self.up_weight, std=hidden_size ** -0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [k, T, H] for the first k heads → the same shape."""
-        k, wide = len(x), hasattr(self, "up_weight")
+    def forward(self, x: Tensor, z: Tensor, first: int) -> Tensor:
+        """x [k, T, H], z [k, T, H (1 + n)] for k heads from the one with index `first` on → [k, T, H]."""
+        heads, wide = slice(first, first + len(x)), hasattr(self, "up_weight")
         weight, bias = (self.up_weight, self.up_bias) if wide else (self.linear_weight, self.linear_bias)
-        y = F.silu(torch.baddbmm(bias[:k, None], x, weight[:k].transpose(1, 2)))
-        return torch.baddbmm(x, y, self.down_weight[:k].transpose(1, 2)) if wide else x + y
+        y = F.silu(torch.baddbmm(bias[heads, None], z, weight[heads, :, :z.shape[-1]].transpose(1, 2)))
+        return torch.baddbmm(x, y, self.down_weight[heads].transpose(1, 2)) if wide else x + y
 
 
 class MedusaHeads(nn.Module):
@@ -154,45 +226,84 @@ class MedusaHeads(nn.Module):
 
     A head is `num_layers` residual blocks, each with weights of its own, then a vocabulary matrix: its own (the
     paper's), or the base's `lm_head` (`tie_lm_head`). `width`: the blocks' inner width, None for the paper's square.
+    `kind` says what a head sees beside the hidden state: "medusa" nothing; "root" the token that the base has chosen
+    already, the root of the tree; "hydra" all tokens between the hidden state and its guess, k of them (Hydra,
+    arXiv 2402.05109), so it drafts depth by depth. Tokens are seen as the base's embeddings, scaled to RMS 1.
+    `token_map` [D]: the ids that the heads may draft, None for all V. Verification sees every id, so it stays exact.
     Parameters are stacked over the heads; on disk they have the official names `{k}.{j}.linear.weight`, ... (`names`).
     """
-    def __init__(self, hidden_size: int, vocab_size: int, num_heads: int, num_layers: int = 1,
-                 tie_lm_head: bool = False, width: int | None = None):
+    def __init__(self, model: Llama, num_heads: int, num_layers: int = 1, tie_lm_head: bool = False,
+                 width: int | None = None, kind: str = "medusa", token_map: Tensor | None = None):
         super().__init__()
         self.num_heads, self.num_layers, self.tie_lm_head, self.width = num_heads, num_layers, tie_lm_head, width
-        self.hidden_size, self.vocab_size = hidden_size, vocab_size
-        self.blocks = nn.ModuleList(ResidualBlock(num_heads, hidden_size, width) for _ in range(num_layers))
-        self.vocabulary = None if tie_lm_head else nn.Parameter(torch.empty(num_heads, vocab_size, hidden_size))
+        self.kind, self.hidden_size, self.vocab_size = kind, model.config.hidden_size, model.config.vocab_size
+        self.register_buffer("token_map", token_map)
+        self.draft_size = self.vocab_size if token_map is None else len(token_map)
+        self.blocks = nn.ModuleList(ResidualBlock(num_heads, self.hidden_size, width, 0 if j else self.seen(num_heads))
+                                    for j in range(num_layers))
+        self.vocabulary = None if tie_lm_head else \
+            nn.Parameter(torch.empty(num_heads, self.draft_size, self.hidden_size))
+        self.to(model.lm_head.weight.device)
+        self.borrow(model)
+
+    def borrow(self, model: Llama) -> None:
+        """What is the base's own and not a parameter here: embeddings [V, H], and the `lm_head` rows [D, H]."""
+        lm_head = model.lm_head.weight
+        self.borrowed = model.embed_tokens.weight, lm_head if self.token_map is None else lm_head[self.token_map]
 
     @classmethod
     def untrained(cls, model: Llama, num_heads: int, **options) -> "MedusaHeads":
         """New heads that repeat the base: blocks are the identity, own vocabulary matrices copies of its `lm_head`."""
-        heads = cls(model.config.hidden_size, model.config.vocab_size, num_heads, **options)
-        heads.to(model.lm_head.weight.device, at_least_float32(model.lm_head.weight.dtype))     # to be trained in
+        heads = cls(model, num_heads, **options).to(at_least_float32(model.lm_head.weight.dtype))   # to be trained in
         if heads.vocabulary is not None:
-            heads.vocabulary.data.copy_(model.lm_head.weight.detach().expand_as(heads.vocabulary))
+            heads.vocabulary.data.copy_(heads.borrowed[1].detach().expand_as(heads.vocabulary))
         return heads
 
-    def features(self, hidden: Tensor, num_heads: int | None = None) -> Tensor:
-        """hidden [T, H] of the base → what the first heads multiply with the vocabulary: [K, T, H]."""
-        x = hidden.expand(num_heads or self.num_heads, *hidden.shape)
-        for block in self.blocks:
-            x = block(x)
-        return x
+    def seen(self, k: int) -> int:
+        """How many tokens behind the hidden state head k sees."""
+        return {"medusa": 0, "root": 1, "hydra": k}[self.kind]
 
-    def logits(self, features: Tensor, lm_head: nn.Linear) -> Tensor:
-        """features [K, T, H] → [K, T, V]."""
+    def forward(self, hidden: Tensor, tokens: Tensor, first: int, last: int) -> Tensor:
+        """The heads `first + 1` to `last`, as many as may run at once: logits [last - first, T, D].
+
+        hidden [T, H] of the base in the heads' dtype; tokens [T, n]: the ids that follow, at least those seen.
+        """
+        embeddings, lm_head = self.borrowed
+        z = hidden
+        if seen := self.seen(last):
+            embedded = F.rms_norm(F.embedding(tokens[:, :seen], embeddings), (self.hidden_size,), eps=1e-6)
+            z = torch.cat((hidden, embedded.flatten(1).to(hidden.dtype)), 1)                        # [T, H (1 + n)]
+        x, z = (t.expand(last - first, *t.shape) for t in (hidden, z))
+        for block in self.blocks:
+            x = z = block(x, z, first)
         if self.vocabulary is None:
-            return lm_head(features)
-        return features @ self.vocabulary[:len(features)].transpose(1, 2)
+            return F.linear(x, lm_head.to(x.dtype))
+        return torch.bmm(x, self.vocabulary[first:last].transpose(1, 2))
+
+    def all_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Every head on the true tokens, as in training: hidden [T, H], tokens [T, K] → [K, T, D]."""
+        if self.kind != "hydra":
+            return self(hidden, tokens, 0, self.num_heads)
+        return torch.cat([self(hidden, tokens, k, k + 1) for k in range(self.num_heads)])
+
+    def tree(self, paths) -> Tree:
+        """The tree of some paths for these heads. UserError: see `Tree.from_paths`."""
+        return Tree.from_paths(paths, self.num_heads, self.draft_size, sequential=self.kind == "hydra")
 
     def names(self) -> dict[str, Tensor]:
         """The official v0.1 names (and `{k}.{j}.up.weight` ... for wide blocks) → views of the stacked parameters."""
         named = {f"{k}.{j}.{name.replace('_', '.')}": p[k] for k in range(self.num_heads)
                  for j, block in enumerate(self.blocks) for name, p in block.named_parameters()}
+        for k in range(self.num_heads):         # of a Hydra head's first matrix only the columns that it uses
+            first = f"{k}.0.{'up' if self.width else 'linear'}.weight"
+            named[first] = named[first][:, :self.hidden_size * (1 + self.seen(k + 1))]
         if self.vocabulary is not None:
             named |= {f"{k}.{self.num_layers}.weight": self.vocabulary[k] for k in range(self.num_heads)}
-        return named
+        return named if self.token_map is None else named | {"token_map": self.token_map}
+
+    def size(self) -> int:
+        """How many parameters they have (the id map not counted)."""
+        return sum(t.numel() for name, t in self.names().items() if name != "token_map")
 
     def save(self, folder, base_model: str) -> None:
         """`model.safetensors` and `config.json`: the weights first, so that a config never stands without them."""
@@ -201,34 +312,42 @@ class MedusaHeads(nn.Module):
         write_json(Path(folder) / "config.json", {
             "base_model_name_or_path": base_model, "medusa_num_heads": self.num_heads,
             "medusa_num_layers": self.num_layers, "tie_lm_head": self.tie_lm_head, "medusa_width": self.width,
-            "hidden_size": self.hidden_size, "vocab_size": self.vocab_size})
+            "medusa_kind": self.kind, "hidden_size": self.hidden_size, "vocab_size": self.vocab_size,
+            "draft_vocab_size": None if self.token_map is None else self.draft_size})
 
     @classmethod
     def from_pretrained(cls, name_or_path, model: Llama, revision=None) -> "MedusaHeads":
         """Heads for `model`, in its dtype and on its device. UserError if they belong to a model of another shape."""
-        config = read_json(locate(name_or_path, "config.json", revision))
-        for key in ("medusa_num_heads", "medusa_num_layers"):
-            if type(config.get(key)) is not int or config[key] < 1:
-                raise UserError(f"{name_or_path}: not Medusa heads, config.json has {key} {config.get(key)!r}")
-        width, tied = config.get("medusa_width"), config.get("tie_lm_head", False)
-        if type(tied) is not bool or not (width is None or type(width) is int and width > 0):
-            raise UserError(f"{name_or_path}: config.json has tie_lm_head {tied!r}, medusa_width {width!r}: "
-                            "expected true or false, and a whole number or null")
+        config, vocab_size = read_json(locate(name_or_path, "config.json", revision)), model.config.vocab_size
+        whole = lambda v: type(v) is int and v >= 1
+        for key, fits, want in (
+                ("medusa_num_heads", whole, "a whole number"), ("medusa_num_layers", whole, "a whole number"),
+                ("tie_lm_head", lambda v: v in (None, True, False), "true or false"),
+                ("medusa_width", lambda v: v is None or whole(v), "a whole number or null"),
+                ("medusa_kind", lambda v: v in (None, *KINDS), f"one of {', '.join(KINDS)}"),
+                ("draft_vocab_size", lambda v: v is None or whole(v) and v <= vocab_size, "at most the vocabulary")):
+            if not fits(config.get(key)):
+                raise UserError(f"{name_or_path}: not Medusa heads, config.json has {key} {config.get(key)!r}, "
+                                f"expected {want}")
         for key in ("hidden_size", "vocab_size"):
             if config.get(key, getattr(model.config, key)) != getattr(model.config, key):
                 raise UserError(f"{name_or_path}: the heads expect {key} {config[key]}, the model has "
                                 f"{getattr(model.config, key)}: train heads for this model or pass --heads none")
-        with torch.device("meta"):
-            heads = cls(model.config.hidden_size, model.config.vocab_size, config["medusa_num_heads"],
-                        config["medusa_num_layers"], tied, width)
-        heads = heads.to_empty(device=model.lm_head.weight.device).to(model.lm_head.weight.dtype)
+        size = config.get("draft_vocab_size")
+        heads = cls(model, config["medusa_num_heads"], config["medusa_num_layers"], bool(config.get("tie_lm_head")),
+                    config.get("medusa_width"), config.get("medusa_kind") or "medusa",
+                    None if size is None else torch.arange(size)).to(model.lm_head.weight.dtype)
         named, what = heads.names(), f"heads {name_or_path}"
         handles = open_tensors([locate(name_or_path, "model.safetensors", revision)], what)
         tensors = read_tensors(handles, {name: t.shape for name, t in named.items()}, what)
+        ids = tensors.get("token_map", torch.arange(1))
+        if ids.is_floating_point() or ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) < len(ids):
+            raise UserError(f"{what}: token_map must hold different ids below {vocab_size}")
         with torch.no_grad():
             for name, view in named.items():
                 view.copy_(tensors[name])
-        return heads.eval()
+        heads.borrow(model)
+        return heads.requires_grad_(False).eval()
 
 
 def read_tree(text) -> list:
@@ -252,7 +371,7 @@ def load_tree(folder, heads: MedusaHeads, given=None) -> Tree:
     """The tree of some heads: the one given (JSON or a file), else `tree.json` in their folder, else the published."""
     tree = given if given is not None else locate(folder, "tree.json", required=False)
     paths = published_tree(heads.num_heads) if tree is None else read_tree(tree)
-    return Tree.from_paths(paths, heads.num_heads, heads.vocab_size)
+    return heads.tree(paths)
 
 
 # --------------------------------------------------------------------------------------------------- choosing a token
@@ -344,15 +463,20 @@ def call(name, function, *args):
     return function(*args)
 
 
-def draft(heads: MedusaHeads | None, lm_head: nn.Linear, tree: Tree, state: State) -> Tensor:
-    """The candidates: ids [B, N]. The heads run on one position a row, the one that chose the root."""
-    if len(tree.paths) == 1:
-        return state.token[:, None]
-    deepest = len(tree.paths[-1])
-    logits = heads.logits(heads.features(state.hidden, deepest), lm_head)                           # [K, B, V]
-    top = logits.topk(max(map(max, tree.paths[1:])) + 1).indices                                    # [K, B, R]
-    ids = top[tree.depth - 1, :, tree.rank].t()                            # [B, N]; the root's entry is overwritten
-    return torch.where(tree.depth == 0, state.token[:, None], ids)
+def draft(heads: MedusaHeads | None, tree: Tree, state: State) -> Tensor:
+    """The candidates: ids [B, N], the root's and what each call of the heads adds (Hydra: one a depth).
+
+    The heads read the hidden state that chose the root, and the ids on the way to the nodes they are read at.
+    """
+    ids = state.token[:, None]
+    for level in tree.levels:
+        rows, places = len(ids), len(level.at)
+        hidden = state.hidden[:, None].expand(-1, places, -1).flatten(0, 1)                         # [B M, H]
+        logits = heads(hidden, ids[:, level.at].flatten(0, 1), level.first, level.last)             # [k, B M, D]
+        top = logits.topk(level.ranks).indices.unflatten(1, (rows, places))                         # [k, B, M, ranks]
+        new = top[level.head, :, level.slot, level.rank].t()                                        # [B, n]
+        ids = torch.cat((ids, new if heads.token_map is None else heads.token_map[new]), 1)
+    return ids
 
 
 def feed(model: Llama, ids: Tensor, depth: Tensor, ancestors: Tensor, cache: Tensor, length: Tensor,
@@ -406,7 +530,7 @@ def commit(state: State, hidden: Tensor, path: Tensor, out: Tensor, count: Tenso
 def step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, window: int, sampling: Sampling,
          eos: Tensor, run=call) -> tuple[State, Tensor, Tensor]:
     """One decoding step → the next state, out [B, P] and count [B]: row b emits out[b, :count[b]]."""
-    ids = run("medusa", draft, heads, model.lm_head, tree, state)
+    ids = run("medusa", draft, heads, tree, state)
     hidden, logits = run("tree", verify, model, tree, ids, state, window)
     path, out, count = run("posterior", accept, tree, ids, logits, state, sampling, eos)
     return run("update", commit, state, hidden, path, out, count, eos), out, count
@@ -486,13 +610,22 @@ def generate(model: Llama, prompts: list, max_new_tokens: int, *, heads: MedusaH
     state, out, count = run("init", start, model, prompts, max_new_tokens, nodes, path, sampling, eos,
                             range(len(prompts)) if seeds is None else seeds)
     lengths, steps = [len(p) - 1 for p in prompts], 0          # state.length, without reading it back
+    rows = list(range(len(prompts)))                           # the prompts that the rows of `state` belong to
     while True:
         # the one read-back of a step
         counts, new, remaining = (t.tolist() for t in (count, out, state.remaining))
-        yield [row[:n] for row, n in zip(new, counts, strict=True)]
+        emitted = [[] for _ in prompts]
+        for row, ids, n in zip(rows, new, counts, strict=True):
+            emitted[row] = ids[:n]
+        yield emitted
         if not any(remaining) or steps == max_steps:
             return
         lengths = [a + n for a, n in zip(lengths, counts, strict=True)]
+        alive = [i for i, left in enumerate(remaining) if left]
+        if 4 * len(alive) <= 3 * len(rows):         # a finished row costs as much as another: let a quarter of them go
+            keep = torch.tensor(alive, device=device)
+            state = State(state.cache[:, :, keep], *(t[keep] for t in state[1:]))
+            rows, lengths = [rows[i] for i in alive], [lengths[i] for i in alive]
         arguments = (model, heads, tree, state, bucket(max(lengths) + nodes, state.cache), sampling, eos)
         state, out, count = run("base_inference", step, *arguments) if plain else step(*arguments, run)
         steps += 1

@@ -1,26 +1,38 @@
-"""Trains Medusa heads for a frozen Llama: Medusa-1 of the paper (arXiv 2401.10774, section 2.2.1).
+"""Trains Medusa heads for a Llama: Medusa-1 (frozen base) or Medusa-2 of the paper (arXiv 2401.10774, section 2.2).
 
-    python train_heads.py --data data/distilled.bin --out model/medusa
-    python train_heads.py --model DIR_OR_HUB_ID --data a.bin b.bin --num-heads 3 --tie-lm-head --width 256 --out heads
+    python train_heads.py --data data/greedy.bin --out heads                            # the paper's heads
+    python train_heads.py --data data/greedy.bin --out heads --kind hydra --width 512 --tie-lm-head --draft-vocab 1024
+    python train_heads.py --data data/greedy.bin --out heads --resume                   # after Ctrl-C
+    python train_heads.py --data data/held-out.bin --out heads --eval                   # what they are worth
+    python train_heads.py --data data/greedy.bin --out new_model --medusa-2             # base and heads together
+    torchrun --nproc-per-node 2 train_heads.py --data data/greedy*.bin --out heads      # the same steps, shared
 
 Head k = 1..K sees the base's hidden state at position t and learns the token at t + 1 + k (the base's own lm_head
-already guesses t + 1). Its loss is the mean cross entropy, weighted by --decay to the power k. A row of a batch is one
-whole document, so nothing attends across documents. Every 50th document is held out: at the end it gives each head's
-accuracy, and `tree.json`, the candidate tree that fits these heads.
+already guesses t + 1), where the token file says that it carries loss. Its loss is the mean cross entropy, weighted by
+--coefficient times --decay to the power k. A row of a batch is one whole document, so nothing attends across documents,
+just as at generation; --pack cuts the stream into rows of equal length instead, as the original did: there a document
+sees what stands before it in its row, but no head is asked to guess across a boundary.
+Every 50th document is held out. Definitions of what is printed at the end: see `evaluate` and `tinymedusa.walk`.
 """
 import copy
-import itertools
 import json
 import math
-from collections import Counter
+import os
+import signal
+import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from llama import (
+    DTYPES,
     SEED,
     ArgumentParser,
     Llama,
@@ -29,16 +41,21 @@ from llama import (
     at_least_float32,
     command_line,
     device,
+    locate,
     model_name,
     number,
+    write_atomic,
     write_json,
 )
-from prepare_data import read_tokens
-from tinymedusa import MedusaHeads, grow_tree, set_threads
+from prepare_data import HELD_OUT, read_tokens, shard
+from tinymedusa import KINDS, MedusaHeads, grow_tree, load_tree, path_hits, set_threads, walk
 
 IGNORE = -100           # cross_entropy's own mark for positions that carry no loss
-LOGITS = 2 ** 22        # logits in memory at once: positions are taken in chunks of LOGITS / (K V)
+LOGITS = 2 ** 22        # logits in memory at once: positions are taken in chunks of LOGITS / (K D)
+HEADS_FIRST = 0.5       # --medusa-2: the share of the steps that trains the heads alone
 
+
+# ---------------------------------------------------------------------------------------------------------- batches
 
 def length_batches(documents: list, tokens: int, seed: int) -> list[list]:
     """One epoch: lists of documents of like length, `tokens` with their padding, in random order.
@@ -58,151 +75,433 @@ def length_batches(documents: list, tokens: int, seed: int) -> list[list]:
     return [groups[i] for i in torch.randperm(len(groups), generator=g).tolist()]
 
 
-def padded(documents: list) -> tuple[Tensor, Tensor]:
-    """Documents → ids [B, T], padded on the right with 0, and length [B]."""
-    length = torch.tensor([len(d) for d in documents])
-    ids = torch.zeros(len(documents), int(length.max()), dtype=torch.long)
-    for row, document in zip(ids, documents, strict=True):
-        row[:len(document)] = torch.as_tensor(document.astype("int64"))
-    return ids, length
+def cut(documents: list, length: int) -> list:
+    """Documents → pieces of at most `length` entries."""
+    return [d[i:i + length] for d in documents for i in range(0, len(d), length)]
 
 
-def head_labels(ids: Tensor, length: Tensor, num_heads: int) -> Tensor:
-    """[K, B, T]: what head k = 1..K should guess at position t, ids[t + 1 + k]; IGNORE beyond the document."""
-    labels = torch.full((num_heads, *ids.shape), IGNORE)
-    for k in range(1, num_heads + 1):
-        labels[k - 1, :, :-1 - k] = ids[:, 1 + k:]
-    target = torch.arange(ids.shape[1]) + 1 + torch.arange(1, num_heads + 1)[:, None]                # [K, T]
-    return labels.masked_fill(target[:, None] >= length[:, None], IGNORE)
+class Batch(NamedTuple):
+    """What the heads learn from some rows. Only places where at least one head has a label are kept."""
+    ids: Tensor        # [B, T] for the base
+    index: Tensor      # [n] the places, in the flattened [B T]
+    tokens: Tensor     # [n, K] the ids that follow each place: 1 to K places on
+    labels: Tensor     # [K, n] what head k should guess, the id k + 1 places on, or IGNORE
+    own: Tensor        # [n] bool: the root (1 place on) and the token behind it carry loss, so a step can begin here
+    row: Tensor        # [n] the row of each place
+    next: Tensor       # [B T] the id 1 place on if it carries loss, or IGNORE: what the base itself should guess
 
 
-def head_results(heads: MedusaHeads, lm_head, hidden: Tensor, labels: Tensor):
-    """hidden [T, H], labels [K, T] → chunk by chunk, each head's summed cross entropy [K] and labels' ranks [K, chunk].
+def make_batch(rows: list, num_heads: int, bos: list) -> Batch:
+    """Rows of entries (2 * id + loss), padded on the right; labels never cross from one document into the next."""
+    width = max(map(len, rows)) + 1 + num_heads                # room for labels beyond the longest row
+    entries = torch.from_numpy(np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int64))
+    ids, loss = entries // 2, entries % 2 == 1                                              # [B, T + 1 + K]
+    document = torch.isin(ids, torch.tensor(bos, dtype=torch.long)).cumsum(1)
+    length = width - 1 - num_heads
+    ahead = lambda t, n: t[:, n:n + length]
+    same = lambda n: ahead(loss, n) & (ahead(document, n) == ahead(document, 0))
+    labels = torch.stack([ahead(ids, 1 + k).masked_fill(~same(1 + k), IGNORE) for k in range(1, num_heads + 1)])
+    index = (labels != IGNORE).any(0).flatten().nonzero()[:, 0]
+    tokens = torch.stack([ahead(ids, k) for k in range(1, num_heads + 1)], -1)              # [B, T, K]
+    own = same(1) & (labels[0] != IGNORE)
+    return Batch(ahead(ids, 0), index, tokens.flatten(0, 1)[index], labels.flatten(1)[:, index],
+                 own.flatten()[index], index // length, ahead(ids, 1).masked_fill(~same(1), IGNORE).flatten())
 
-    Rank 0 is a top-1 hit; an ignored label has rank V.
+
+# ------------------------------------------------------------------------------------------------------------- loss
+
+def draft_labels(heads: MedusaHeads, labels: Tensor) -> Tensor:
+    """Ids → indices of the draft vocabulary; IGNORE for what the heads can't draft."""
+    if heads.token_map is None:
+        return labels
+    table = torch.full((heads.vocab_size,), IGNORE, device=labels.device)
+    table[heads.token_map] = torch.arange(heads.draft_size, device=labels.device)
+    return torch.where(labels == IGNORE, IGNORE, table[labels.clamp(min=0)])
+
+
+def head_results(heads: MedusaHeads, batch: Batch, hidden: Tensor, distill: bool):
+    """hidden [B T, H] → chunk by chunk, each head's summed cross entropy [K] and its label's rank [K, chunk].
+
+    distill: against the base's own distribution where it chooses that token, instead of the token alone. Rank 0 is a
+    top-1 hit, V a token that the heads can't draft or no label. A chunk's logits are freed before the next one's.
     """
-    chunk = max(1, LOGITS // (heads.num_heads * heads.vocab_size))
-    for h, y in zip(hidden.split(chunk), labels.split(chunk, 1), strict=True):
-        logits = heads.logits(heads.features(h), lm_head)                                           # [K, chunk, V]
-        losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="none")
+    chunk = max(1, LOGITS // (heads.num_heads * heads.draft_size))
+    for i in range(0, len(batch.index), chunk):
+        at, ids = batch.index[i:i + chunk], batch.labels[:, i:i + chunk]
+        labels = draft_labels(heads, ids)                                                           # [K, chunk]
+        logits = heads.all_logits(hidden[at], batch.tokens[i:i + chunk])                            # [K, chunk, D]
+        logits = logits.to(at_least_float32(logits.dtype))
         with torch.no_grad():
-            target = logits.gather(2, y.clamp(min=0)[..., None])
-            rank = (logits > target).sum(-1).masked_fill(y == IGNORE, heads.vocab_size)
-        yield losses.view(y.shape).sum(1), rank
+            target = logits.gather(2, labels.clamp(min=0)[..., None])
+            rank = (logits > target).sum(-1).masked_fill(labels == IGNORE, heads.vocab_size)
+        if distill:
+            with torch.no_grad():
+                later = at + torch.arange(1, heads.num_heads + 1, device=at.device)[:, None]        # [K, chunk]
+                later = later.clamp(max=len(hidden) - 1)             # beyond the row: without a label
+                teacher = F.linear(hidden[later], heads.borrowed[1].to(hidden.dtype)).to(logits).softmax(-1)
+            losses = -(teacher * logits.log_softmax(-1)).sum(-1).masked_fill(labels == IGNORE, 0)
+        else:
+            losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE,
+                                     reduction="none").view(labels.shape)
+        yield losses.sum(1), rank
 
 
-def batch_hidden(model: Llama, documents: list, num_heads: int) -> tuple[Tensor, Tensor]:
-    """The base's hidden states where at least head 1 has a label [T, H], and the labels there [K, T]."""
-    ids, length = padded(documents)
-    labels = head_labels(ids, length, num_heads).flatten(1)                                         # [K, B * T]
-    with torch.no_grad():
-        hidden = model(ids.to(model.lm_head.weight.device)).flatten(0, 1)
-    used, hidden = labels[0] != IGNORE, hidden.to(at_least_float32(hidden.dtype))
-    return hidden[used.to(hidden.device)], labels[:, used].to(hidden.device)
+def base_results(model: Llama, hidden: Tensor, batch: Batch, original=None):
+    """hidden [B T, H] → chunk by chunk the summed loss of the base's own guesses of `batch.next`.
+
+    original: the (lm_head, hidden) of the base as it was → KL(original ‖ now); None → cross entropy with the text.
+    """
+    places = (batch.next != IGNORE).nonzero()[:, 0]
+    for at in places.split(max(1, LOGITS // model.config.vocab_size)):
+        logits = model.lm_head(hidden[at]).float()
+        if original is None:
+            yield F.cross_entropy(logits, batch.next[at], reduction="sum")
+        else:
+            lm_head, before = original
+            with torch.no_grad():
+                teacher = lm_head(before[at]).float().log_softmax(-1)
+            yield F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum")
 
 
-def wide_lm_head(model: Llama):
-    """The base's lm_head in at least float32: heads are trained in it, whatever the base's dtype."""
-    return copy.deepcopy(model.lm_head).to(at_least_float32(model.lm_head.weight.dtype))
-
+# ------------------------------------------------------------------------------------------------- what heads are worth
 
 @torch.no_grad()
-def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: int) -> tuple[dict, Tensor]:
-    """Per head: mean cross entropy in nats, share of labels ranked first and in the first 5; and all ranks [K, T]."""
-    lm_head = wide_lm_head(model)
-    results = [r for batch in length_batches(documents, batch_tokens, seed=0)
-               for r in head_results(heads, lm_head, *batch_hidden(model, batch, heads.num_heads))]
-    loss, rank = sum(sums.double() for sums, _ in results), torch.cat([r for _, r in results], 1)
-    count = (rank < heads.vocab_size).sum(1).clamp(min=1)
-    figures = {"loss": loss / count, "top1": (rank < 1).sum(1) / count, "top5": (rank < 5).sum(1) / count}
-    return {name: [round(v, 4) for v in figure.tolist()] for name, figure in figures.items()}, rank
+def evaluate(model: Llama, heads: MedusaHeads, documents: list, args, bos: list) -> tuple[dict, list, list]:
+    """(figures, ranks, own) on some documents; ranks and own: for each document, see `tinymedusa.walk`.
+
+    head_loss: mean cross entropy of each head's drafted tokens, nats. top: for each head, the share of the tokens to
+    learn that are among its first 1, 2, .. 10 guesses. base_loss: the base's mean cross entropy, nats a token.
+    """
+    ranks, owns, losses, base_loss, tokens, labels = [], [], 0.0, 0.0, 0, 0
+    for rows in tqdm(length_batches(documents, args.batch_tokens, 0), desc="evaluating", disable=shard()[0] > 0):
+        batch = to_device(make_batch(rows, heads.num_heads, bos), model)
+        hidden = model(batch.ids).flatten(0, 1)
+        base_loss += sum(float(loss) for loss in base_results(model, hidden, batch))
+        tokens += int((batch.next != IGNORE).sum())
+        hidden = hidden.to(next(heads.parameters()).dtype)
+        results = [(sums, rank) for sums, rank in head_results(heads, batch, hidden, False)]
+        if not results:
+            continue
+        losses = losses + sum(sums.double() for sums, _ in results)
+        labels = labels + (batch.labels != IGNORE).sum(1)
+        rank, sizes = torch.cat([r for _, r in results], 1).cpu(), torch.bincount(batch.row.cpu()).tolist()
+        ranks += rank.split(sizes, 1)
+        owns += batch.own.cpu().split(sizes)
+    if not ranks:
+        raise UserError("the documents hold nothing for the heads to guess: give longer ones")
+    every = torch.cat(ranks, 1)
+    rounded = lambda values: [round(v, 4) for v in values.tolist()]
+    drafted = (every < heads.vocab_size).sum(1).clamp(min=1)
+    top = torch.stack([(every <= r).sum(1) / labels.cpu().clamp(min=1) for r in range(10)], 1)               # [K, 10]
+    return {"documents": len(documents), "head_loss": rounded(losses.cpu() / drafted),
+            "top": [rounded(head) for head in top], "base_loss": round(base_loss / max(1, tokens), 4)}, ranks, owns
 
 
-def path_hits(rank: Tensor, widest: int = 10) -> Counter:
-    """Ranks of the right tokens [K, T] → for each path of ranks below `widest`, the places where it was right."""
-    hits = Counter()
-    for place in rank.t().tolist():
-        right = list(itertools.takewhile(lambda r: r < widest, place))
-        hits.update(tuple(right[:depth]) for depth in range(1, len(right) + 1))
-    return hits
+def acceptance(tree, ranks: list, own: list) -> dict:
+    """`walk`'s figures, rounded, the nodes by their paths."""
+    found, _ = walk(tree, ranks, own)
+    names = (" ".join(map(str, path)) or "root" for path in tree.paths)
+    return {"nodes": len(tree.paths), "tokens_per_step": round(found["tokens_per_step"], 4), "steps": found["steps"],
+            "depth_reach": [round(v, 4) for v in found["depth_reach"]],
+            "node_reach": dict(zip(names, (round(v, 4) for v in found["reach"]), strict=True))}
 
 
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak: linear warm-up, then a cosine to 0."""
+# --------------------------------------------------------------------------------------------------------- training
+
+def learning_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
+    """The share of the full rate: linear warm-up, then a cosine to zero, or constant."""
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def train(model: Llama, heads: MedusaHeads, documents: list, *, epochs: int, lr: float, warmup: int, decay: float,
-          batch_tokens: int, seed: int) -> None:
-    """AdamW on the heads; the base is frozen. Gradients are taken chunk by chunk, so logits are never all in memory."""
-    weights = decay ** torch.arange(1, heads.num_heads + 1, device=model.lm_head.weight.device)
-    lm_head = wide_lm_head(model.requires_grad_(False))
-    optimizer = torch.optim.AdamW(heads.parameters(), lr=lr, weight_decay=0.0)
-    epoch_batches = [length_batches(documents, batch_tokens, seed + epoch) for epoch in range(epochs)]
-    steps = sum(map(len, epoch_batches))
-    with tqdm(total=steps, desc="training heads", unit=" steps") as bar:
-        for step, batch in enumerate(batch for batches in epoch_batches for batch in batches):
-            hidden, labels = batch_hidden(model, batch, heads.num_heads)
-            count = (labels != IGNORE).sum(1).clamp(min=1)                                          # [K]
-            losses, correct = torch.zeros_like(weights), torch.zeros_like(count)
-            for sums, rank in head_results(heads, lm_head, hidden, labels):
-                (weights * sums / count).sum().backward()
-                losses, correct = losses + sums.detach() / count, correct + (rank == 0).sum(1)
-            optimizer.param_groups[0]["lr"] = lr * learning_rate(step, steps, warmup)
+def to_device(batch: Batch, model: Llama) -> Batch:
+    return Batch(*(t.to(model.lm_head.weight.device) for t in batch))
+
+
+def all_reduce(*tensors: Tensor) -> None:
+    """Sums over the processes, in place."""
+    if dist.is_initialized():
+        for t in tensors:
+            dist.all_reduce(t)
+
+
+def backward(model: Llama, heads: MedusaHeads, batch: Batch, original: Llama | None, weights: Tensor,
+             base_weight: float, args) -> Tensor:
+    """Adds a batch's gradients, chunk by chunk → sums over its labels [3, K]: loss, top-1 hits, top-5 hits.
+
+    weights [K] and base_weight belong to one label each: already divided by how many the whole step has everywhere.
+    original: the base before it was trained; None: the base is frozen.
+    """
+    autocast = torch.autocast(batch.ids.device.type, torch.bfloat16) if args.bf16 else nullcontext()
+    joint = original is not None
+    with autocast, torch.set_grad_enabled(joint):
+        hidden = model(batch.ids).flatten(0, 1)                                                     # [B T, H]
+    # a leaf of its own: chunks add up in its gradient, then the base is walked back once
+    leaf = hidden.detach().to(next(heads.parameters()).dtype).requires_grad_(joint)
+    if joint:
+        heads.borrow(model)
+        with autocast, torch.no_grad():
+            before = original.lm_head, original(batch.ids).flatten(0, 1)
+        with autocast:
+            for loss in base_results(model, leaf, batch, before):
+                (base_weight * loss).backward()
+    sums = weights.new_zeros(3, heads.num_heads)
+    results = head_results(heads, batch, leaf, args.target == "distill")
+    while True:
+        with autocast:
+            loss, rank = next(results, (None, None))
+        if loss is None:
+            break
+        (weights * loss).sum().backward()
+        sums += torch.stack((loss.detach(), (rank < 1).sum(1), (rank < 5).sum(1)))
+        if joint:
+            heads.borrow(model)            # rows of an lm_head that is trained: a graph serves one backward only
+    if joint:
+        hidden.backward(leaf.grad.to(hidden.dtype))
+    return sums
+
+
+@contextmanager
+def interruptible():
+    """Ctrl-C and SIGTERM only fill the list that this yields: the training ends behind the current step, not in it."""
+    asked = []
+    before = {n: signal.signal(n, lambda n, _: asked.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def train(model: Llama, heads: MedusaHeads, documents: list, args, bos: list) -> None:
+    """Trains the heads in place, and with args.medusa_2 the base; writes metrics.jsonl and checkpoint.pt to args.out.
+
+    Everything of a step follows from the seed and its number (the data's order too), so a resumed training has the very
+    weights of an uninterrupted one. Each of several processes takes every so many-th row of a batch; sums and not means
+    are exchanged, so that they make the step that one process would have made.
+    """
+    rank, world = shard()
+    heads.borrow(model.requires_grad_(False))
+    original = copy.deepcopy(model) if args.medusa_2 else None
+    groups = [{"params": list(heads.parameters()), "rate": args.lr}]
+    if args.medusa_2:
+        groups.append({"params": list(model.parameters()), "rate": args.base_lr})
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
+    parameters = [p for group in groups for p in group["params"]]
+    batches = [b for epoch in range(args.epochs)
+               for b in length_batches(documents, args.batch_tokens, args.seed + epoch)]
+    steps = -(-len(batches) // args.accumulate)
+    weights = args.coefficient * args.decay ** torch.arange(1, heads.num_heads + 1).to(parameters[0])       # [K]
+    checkpoint, metrics, done = Path(args.out) / "checkpoint.pt", Path(args.out) / "metrics.jsonl", 0
+    if args.resume:
+        done = load_checkpoint(checkpoint, model, heads, optimizer, args)
+    elif checkpoint.exists():
+        raise UserError(f"{checkpoint} is left from a training that was stopped: add --resume, or delete it")
+    log = [line for line in (metrics.read_text().splitlines() if done else []) if json.loads(line)["step"] <= done]
+    with tqdm(total=steps, initial=done, desc="training heads", unit=" steps", disable=rank > 0) as bar, \
+            interruptible() as interrupt:
+        begin, seen = time.perf_counter(), 0
+        for step in range(done, steps):
+            joint = args.medusa_2 and step >= HEADS_FIRST * steps
+            model.requires_grad_(joint)
+            rate = learning_rate(step, steps, args.warmup, args.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["rate"]
+            own = [rows[rank::world] for rows in batches[step * args.accumulate:(step + 1) * args.accumulate]]
+            own = [to_device(make_batch(rows, heads.num_heads, bos), model) for rows in own if rows]
+            labels = sum(((b.labels != IGNORE).sum(1) for b in own), torch.zeros_like(weights, dtype=torch.long))
+            drafted = sum(((draft_labels(heads, b.labels) != IGNORE).sum(1) for b in own), torch.zeros_like(labels))
+            guesses, stop = sum(int((b.next != IGNORE).sum()) for b in own), len(interrupt)
+            rest = torch.tensor([guesses, stop], device=labels.device)
+            all_reduce(labels, drafted, rest)
+            sums = weights.new_zeros(3, heads.num_heads)
+            for batch in own:
+                sums += backward(model, heads, batch, original if joint else None, weights / drafted.clamp(min=1),
+                                 1 / max(1, int(rest[0])), args)
+            trained = parameters if joint else groups[0]["params"]
+            for p in trained:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            all_reduce(*(p.grad for p in trained))
+            if args.clip:
+                torch.nn.utils.clip_grad_norm_(trained, args.clip)
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
-            if step % 20 == 0 or step == steps - 1:
-                bar.set_postfix(loss=f"{(weights * losses).sum():.3f}",
-                                top1=" ".join(f"{v:.2f}" for v in (correct / count).tolist()))
+            seen += int(rest[0])
+            last = step + 1 == steps
+            if (step + 1) % args.log_every == 0 or last:
+                all_reduce(sums)
+                loss, top1, top5 = (sums / torch.stack((drafted, labels, labels)).clamp(min=1)).tolist()
+                log.append(json.dumps({
+                    "step": step + 1, "loss": sum(w * v for w, v in zip(weights.tolist(), loss, strict=True)),
+                    "head_loss": loss, "top1": top1, "top5": top5, "lr": rate * args.lr,
+                    "tokens_per_second": seen / (time.perf_counter() - begin)}))
+                bar.set_postfix(loss=f"{json.loads(log[-1])['loss']:.3f}", top1=" ".join(f"{v:.2f}" for v in top1))
+            if rank == 0 and (rest[1] or (step + 1) % args.save_every == 0) and not last:
+                save_checkpoint(checkpoint, model, heads, optimizer, step + 1, args)
+            if rank == 0 and (rest[1] or (step + 1) % args.log_every == 0 or last):
+                write_atomic(metrics, lambda p: p.write_text("".join(line + "\n" for line in log)))
+            if rest[1] and not last:
+                raise KeyboardInterrupt
+    heads.borrow(model.requires_grad_(False))
 
+
+def settings(args) -> dict:
+    """What a resumed training must share with the one it goes on with."""
+    free = ("resume", "eval", "device", "out", "save_every", "log_every", "tree_nodes")
+    return {k: v for k, v in vars(args).items() if k not in free}
+
+
+def save_checkpoint(path, model, heads, optimizer, step: int, args) -> None:
+    state = {"step": step, "heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings(args)}
+    if args.medusa_2:
+        state["model"] = model.state_dict()
+    write_atomic(path, lambda p: torch.save(state, p))
+
+
+def load_checkpoint(path, model, heads, optimizer, args) -> int:
+    """Puts everything back → the steps done."""
+    try:
+        state = torch.load(path, map_location=heads.borrowed[0].device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no checkpoint to resume from: train without --resume") from None
+    except Exception as error:  # torch.load raises whatever unpickling does
+        raise UserError(f"can't read {path}: {error}") from error
+    for key, value in settings(args).items():
+        if state["settings"].get(key) != value:
+            raise UserError(f"{path} was trained with {key} {state['settings'].get(key)!r}, not {value!r}: "
+                            "resume with the same options")
+    heads.load_state_dict(state["heads"])
+    optimizer.load_state_dict(state["optimizer"])
+    if args.medusa_2:
+        model.load_state_dict(state["model"])
+    return state["step"]
+
+
+# ------------------------------------------------------------------------------------------------------------- main
 
 def arguments(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], epilog="See the top of train_heads.py for examples.")
-    parser.add_argument("--model", default=str(Path(__file__).parent / "model"), help="the base: folder or hub id")
-    parser.add_argument("--data", nargs="+", required=True, metavar="FILE", help="token files of prepare_data.py")
-    parser.add_argument("--out", required=True, metavar="FOLDER")
-    parser.add_argument("--num-heads", type=number(int, 1, 64), default=4)
-    parser.add_argument("--num-layers", type=number(int, 1), default=1, help="residual blocks a head")
-    parser.add_argument("--width", type=number(int, 1), help="inner width of the blocks (default: square, the paper's)")
-    parser.add_argument("--tie-lm-head", action="store_true", help="use the base's lm_head, not a matrix a head")
-    parser.add_argument("--epochs", type=number(int, 1), default=2)
-    parser.add_argument("--lr", type=number(float, 0), default=1e-3)
-    parser.add_argument("--warmup", type=number(int, 0), default=40, help="steps")
-    parser.add_argument("--decay", type=number(float, 0), default=0.8, help="head k's loss counts decay**k")
-    parser.add_argument("--batch-tokens", type=number(int, 1), default=4096)
-    parser.add_argument("--tree-nodes", type=number(int, 1), default=15, help="of tree.json, the root not counted")
-    parser.add_argument("--seed", type=SEED, default=0)
-    parser.add_argument("--device", type=device, default="cpu")
+    add = parser.add_argument
+    add("--model", default=str(Path(__file__).parent / "model"), help="the base: folder or hub id")
+    add("--data", nargs="+", required=True, metavar="FILE", help="token files of prepare_data.py")
+    add("--out", required=True, metavar="FOLDER", help="the heads' folder; with --medusa-2 the new model's")
+    add("--eval", action="store_true", help="train nothing: what the heads in --out are worth on all of --data")
+    add("--json", action="store_true", help="print the result as one JSON object")
+    add("--kind", choices=KINDS, default="medusa", help="what a head sees beside the hidden state: nothing, the token "
+        "already decided (root), all tokens drafted before its own (hydra)")
+    add("--num-heads", type=number(int, 1, 64), default=4)
+    add("--num-layers", type=number(int, 1), default=1, help="residual blocks a head")
+    add("--width", type=number(int, 1), help="inner width of the blocks (default: square, the paper's)")
+    add("--tie-lm-head", action="store_true", help="use the base's lm_head, not a matrix a head")
+    add("--draft-vocab", type=number(int, 1), help="only the so many most frequent tokens can be drafted")
+    add("--target", choices=("tokens", "distill"), default="tokens", help="learn the data's tokens, or the base's "
+        "own distribution at their place")
+    add("--medusa-2", action="store_true", help=f"after the first {HEADS_FIRST:.0%} of the steps train the base too, "
+        "held to its old self by a KL term; writes a whole model, its heads in medusa/")
+    add("--epochs", type=number(int, 1), default=2)
+    add("--lr", type=number(float, 0), default=1e-3, help="of the heads")
+    add("--base-lr", type=number(float, 0), default=1e-4, help="of the base (--medusa-2)")
+    add("--schedule", choices=("cosine", "constant"), default="cosine")
+    add("--warmup", type=number(int, 0), default=40, help="steps")
+    add("--decay", type=number(float, 0), default=0.8, help="head k's loss counts coefficient * decay**k")
+    add("--coefficient", type=number(float, 0), default=0.2)
+    add("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient, 0: no limit")
+    add("--batch-tokens", type=number(int, 1), default=4096)
+    add("--accumulate", type=number(int, 1), default=1, help="batches a step")
+    add("--pack", type=number(int, 8), metavar="LENGTH", help="rows of this length, cut from the stream of documents")
+    add("--bf16", action="store_true", help="bfloat16 autocast")
+    add("--tree-nodes", type=number(int, 1), default=15, help="of tree.json, the root not counted")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
+    add("--log-every", type=number(int, 1), default=20, help="steps between lines of metrics.jsonl")
+    add("--seed", type=SEED, default=0)
+    add("--device", type=device, default="cpu")
     return parser.parse_args(argv)
+
+
+def report(result: dict) -> str:
+    """The figures as text, with what they mean."""
+    lines = [f"{result['out']}: {result['kind']}, {result['parameters']} parameters; {result['documents']} documents",
+             f"base: {result['base_loss']} nats a token",
+             "top: share of the tokens to learn among the head's first 1, 2, .. 10 guesses",
+             "head   loss  " + "".join(f"{f'top-{r}':>7}" for r in range(1, 11))]
+    lines += [f"{k:>4}{loss:>7.3f}  " + "".join(f"{v:>7.3f}" for v in top)
+              for k, (loss, top) in enumerate(zip(result["head_loss"], result["top"], strict=True), 1)]
+    found = result["acceptance"]
+    lines += [f"tree of {found['nodes']} nodes, root included: {found['tokens_per_step']} tokens per step",
+              "  = new tokens behind the first / steps, had the model written these very documents (prompts given)",
+              "steps that accept at least 0, 1, .. drafts: " + " ".join(f"{v:.3f}" for v in found["depth_reach"]),
+              "steps that accept the node: " + "  ".join(f"[{n}] {v:.3f}" for n, v in found["node_reach"].items())]
+    return "\n".join(lines)
+
+
+def most_frequent(documents: list, size: int, vocab_size: int) -> Tensor:
+    """The `size` ids that carry loss most often, ascending."""
+    entries = np.concatenate(documents)
+    counts = np.bincount(entries[entries % 2 == 1] // 2, minlength=vocab_size)
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
+
+
+def save(args, model: Llama, heads: MedusaHeads) -> Path:
+    """Writes heads, or with --medusa-2 the new base in HF's layout with its tokenizer → the heads' folder."""
+    if not args.medusa_2:
+        heads.save(args.out, base_model=model_name(args.model))
+        return Path(args.out)
+    out = Path(args.out)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
+        if file := locate(args.model, name, required=False):
+            write_atomic(out / name, lambda p, file=file: p.write_bytes(file.read_bytes()))
+    model.save(out, DTYPES[model.config.dtype])
+    heads.save(out / "medusa", base_model=model_name(out))
+    return out / "medusa"
 
 
 def main():
     args = arguments()
     if Path(args.out).is_file():
         raise UserError(f"{args.out} is a file: --out names a folder")
+    rank, world = shard()
+    if world > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device.startswith("cuda") else args.device
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     torch.manual_seed(args.seed)
-    model = Llama.from_pretrained(args.model, device=args.device)
+    model = Llama.from_pretrained(args.model, device=args.device, dtype=torch.float32 if args.medusa_2 else None)
     set_threads(model, rows=64)
     tokenizer = Tokenizer(args.model, model.config)
-    context = model.config.max_position_embeddings
-    documents = [piece for path in args.data for d in read_tokens(path, tokenizer)
-                 for piece in (d[i:i + context] for i in range(0, len(d), context)) if len(piece) > 2]
-    held_out, documents = documents[::50], [d for i, d in enumerate(documents) if i % 50]
-    if not documents:
-        raise UserError(f"{' and '.join(args.data)}: at least 2 documents of 3 tokens are needed, one is held out")
-    heads = MedusaHeads.untrained(model, args.num_heads, num_layers=args.num_layers, width=args.width,
-                                  tie_lm_head=args.tie_lm_head)
-    train(model, heads, documents, epochs=args.epochs, lr=args.lr, warmup=args.warmup, decay=args.decay,
-          batch_tokens=args.batch_tokens, seed=args.seed)
-    heads.save(args.out, base_model=model_name(args.model))
-    figures, rank = evaluate(model, heads, held_out, args.batch_tokens)
-    write_json(Path(args.out) / "tree.json", {"paths": grow_tree(path_hits(rank), args.tree_nodes),
-                                              "source": f"{rank.shape[1]} held-out places of the heads' own data"})
-    print(json.dumps({"out": args.out, "parameters": sum(p.numel() for p in heads.parameters()),
-                      "held_out_documents": len(held_out), **figures}))
+    context = min(args.pack or math.inf, model.config.max_position_embeddings)
+    documents = [d for path in args.data for d in read_tokens(path, tokenizer)]
+    held_out = cut(documents if args.eval else documents[::HELD_OUT], model.config.max_position_embeddings)
+    out = {"out": str(args.out)}
+    if args.eval:
+        heads = MedusaHeads.from_pretrained(args.out, model)
+        tree = load_tree(args.out, heads)
+        figures, ranks, own = evaluate(model, heads, held_out, args, tokenizer.bos)
+    else:
+        documents = [d for i, d in enumerate(documents) if i % HELD_OUT]
+        documents = cut([np.concatenate(documents)] if args.pack and documents else documents, context)
+        documents = [d for d in documents if len(d) > 2]
+        if not documents:
+            raise UserError(f"{' and '.join(args.data)}: at least 2 documents of 3 tokens are needed, one is held out")
+        token_map = args.draft_vocab and most_frequent(documents, args.draft_vocab, model.config.vocab_size)
+        heads = MedusaHeads.untrained(model, args.num_heads, num_layers=args.num_layers, width=args.width,
+                                      tie_lm_head=args.tie_lm_head, kind=args.kind, token_map=token_map)
+        before = args.medusa_2 and evaluate(model, heads, held_out, args, tokenizer.bos)[0]["base_loss"]
+        train(model, heads, documents, args, tokenizer.bos)
+        if rank > 0:
+            return
+        folder = save(args, model, heads)
+        figures, ranks, own = evaluate(model, heads, held_out, args, tokenizer.bos)
+        paths = grow_tree(path_hits(ranks), args.tree_nodes)
+        write_json(folder / "tree.json", {"paths": paths, "source": f"joint hits at {sum(map(len, own))} held-out "
+                                          "places of the heads' own data"})
+        (Path(args.out) / "checkpoint.pt").unlink(missing_ok=True)
+        tree = heads.tree(paths)
+        out |= {"base_loss_before": before} if args.medusa_2 else {}
+    result = out | {"kind": heads.kind, "parameters": heads.size(), **figures,
+                    "acceptance": acceptance(tree, ranks, own)}
+    print(json.dumps(result) if args.json else report(result))
 
 
 if __name__ == "__main__":

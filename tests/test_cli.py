@@ -77,7 +77,7 @@ def test_the_tree_comes_from_the_option_the_folder_or_the_published_one(tiny_fol
     import generate
     seen = []
     real = generate.Tree.from_paths
-    monkeypatch.setattr(generate.Tree, "from_paths", lambda paths, *a: seen.append(paths) or real(paths, *a))
+    monkeypatch.setattr(generate.Tree, "from_paths", lambda p, *a, **k: seen.append(p) or real(p, *a, **k))
     run = lambda *a: run_json(cli, "--model", tiny_folder, "--prompt", "dog", "--max-new-tokens", 2, "--threads", 1, *a)
     run()
     write_json(tiny_folder / "medusa" / "tree.json", {"paths": [[0], [0, 0]], "note": "more keys are fine"})

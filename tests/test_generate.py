@@ -9,6 +9,7 @@ from test_accept import slow_warp
 from llama import Llama, Tokenizer, UserError
 from tinymedusa import (
     GREEDY,
+    KINDS,
     MedusaHeads,
     Sampling,
     Stages,
@@ -60,8 +61,9 @@ def test_the_great_equality():
         rng = random.Random(case)
         model = models[case % 3]
         heads = tiny_heads(model, noise=rng.choice([0.02, 0.1]), width=rng.choice([None, 16]),
-                           tie_lm_head=rng.random() < 0.5, num_layers=rng.choice([1, 2]))
-        tree = Tree.from_paths(random_tree(rng, rng.randint(1, 4), ranks=5, nodes=rng.choice([6, 40, 80])), 4, 12)
+                           tie_lm_head=rng.random() < 0.5, num_layers=rng.choice([1, 2]), kind=rng.choice(KINDS),
+                           token_map=rng.choice([None, torch.tensor([2, 3, 4, 6, 7, 9, 11])]))
+        tree = heads.tree(random_tree(rng, rng.randint(1, 4), ranks=5, nodes=rng.choice([6, 40, 80])))
         sampling = Sampling(rng.choice([0, 0.5, 0.8, 1.3]), rng.choice([0, 0, 4]), rng.choice([1.0, 0.9]))
         prompts = [random_prompt(rng, rng.choice([8, 85])) for _ in range(rng.randint(1, 4))]
         seeds, new_tokens = [rng.randrange(10 ** 6) for _ in prompts], rng.randint(1, 60)
@@ -99,6 +101,25 @@ def test_yields_tokens_as_they_come_and_stops_exactly():
     ended = [t for s in generate(model, [[1, 5, 6]], 20, heads=heads, tree=tree, eos=(whole[7],)) for t in s[0]]
     assert ended == whole[:first + 1]
     assert len(list(generate(model, [[1, 5, 6]], 20, heads=heads, tree=tree, eos=(), max_steps=4))) == 5   # prefill + 4
+
+
+def test_finished_rows_leave_the_batch():
+    """Rows end at different lengths; each step's forward holds only the living ones, give or take a quarter."""
+    model, rows, alive = tiny_llama(), [], []
+
+    def spy(name, function, *args):
+        if name == "base_inference":
+            rows.append(len(args[3].token))
+        return function(*args)
+    prompts = [[1, 3 + i % 9, 3 + i // 9] for i in range(40)]
+    steps = list(generate(model, prompts, 60, sampling=Sampling(1.0), run=spy))
+    for i, step in enumerate(steps[1:]):
+        alive.append(sum(map(bool, step)))
+        assert len(step) == 40 and alive[-1] <= rows[i] and (i == 0 or rows[i] * 0.75 <= alive[-1] + 1)
+    assert rows[0] == 40 and min(rows) < 10
+    alone = [[t for s in generate(model, [p], 60, sampling=Sampling(1.0), seeds=[i]) for t in s[0]]
+             for i, p in enumerate(prompts)]
+    assert [[t for s in steps for t in s[i]] for i in range(40)] == alone
 
 
 def test_prompts_that_cannot_be():

@@ -10,18 +10,27 @@ from llama import UserError, read_json, write_json
 from tinymedusa import MedusaHeads
 
 KINDS = [{}, {"num_layers": 2}, {"tie_lm_head": True}, {"width": 16, "tie_lm_head": True},
-         {"width": 48, "num_layers": 2}]
+         {"width": 48, "num_layers": 2}, {"kind": "root"}, {"kind": "hydra", "width": 16, "tie_lm_head": True},
+         {"kind": "hydra", "num_layers": 2, "token_map": torch.tensor([2, 3, 5, 7, 11])},
+         {"kind": "root", "width": 8, "tie_lm_head": True, "token_map": torch.tensor([1, 4, 9])}]
 
 
-def slow_logits(tensors, k, layers, hidden, lm_head):
-    """Head k as the official code computes it (each block its own), from the saved tensors by their official names."""
-    x = hidden
+def slow_logits(tensors, k, layers, hidden, tokens, model):
+    """Head k as the official code computes it (each block its own), from the saved tensors by their official names.
+
+    tokens: those behind the hidden state that head k sees (none for the paper's heads).
+    """
+    embedded = model.embed_tokens.weight[tokens]                                 # [T, n, H]
+    embedded = embedded / (embedded.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    x, z = hidden, torch.cat((hidden, embedded.flatten(1)), 1)
     for j in range(layers):
         if f"{k}.{j}.linear.weight" in tensors:
-            x = x + F.silu(x @ tensors[f"{k}.{j}.linear.weight"].T + tensors[f"{k}.{j}.linear.bias"])
+            x = x + F.silu(z @ tensors[f"{k}.{j}.linear.weight"].T + tensors[f"{k}.{j}.linear.bias"])
         else:
-            y = F.silu(x @ tensors[f"{k}.{j}.up.weight"].T + tensors[f"{k}.{j}.up.bias"])
+            y = F.silu(z @ tensors[f"{k}.{j}.up.weight"].T + tensors[f"{k}.{j}.up.bias"])
             x = x + y @ tensors[f"{k}.{j}.down.weight"].T
+        z = x
+    lm_head = model.lm_head.weight[tensors["token_map"]] if "token_map" in tensors else model.lm_head.weight
     return x @ tensors.get(f"{k}.{layers}.weight", lm_head).T
 
 
@@ -32,36 +41,41 @@ def test_formula_names_and_round_trip(kind, tmp_path):
     heads.save(tmp_path, "some/base")
     tensors, layers = load_file(tmp_path / "model.safetensors"), kind.get("num_layers", 1)
     again = MedusaHeads.from_pretrained(tmp_path, model)
-    hidden = torch.randn(5, 32, dtype=torch.float64)
+    hidden, tokens = torch.randn(5, 32, dtype=torch.float64), torch.randint(0, 12, (5, 3))
+    seen = {"root": lambda k: 1, "hydra": lambda k: k + 1}.get(kind.get("kind"), lambda k: 0)
     with torch.no_grad():
-        for number in (1, 3):                                                    # the first heads alone, or all
-            logits = again.logits(again.features(hidden, number), model.lm_head)
-            assert logits.shape[0] == number
-            for k in range(number):
-                expected = slow_logits(tensors, k, layers, hidden, model.lm_head.weight)
-                assert torch.allclose(logits[k], expected, atol=1e-12)
+        expected = [slow_logits(tensors, k, layers, hidden, tokens[:, :seen(k)], model) for k in range(3)]
+        assert torch.allclose(again.all_logits(hidden, tokens), torch.stack(expected), atol=1e-12)
+        first, last = (1, 2) if again.kind == "hydra" else (0, 2)                # some of the heads alone
+        assert torch.allclose(again(hidden, tokens[:, :2], first, last), torch.stack(expected[first:last]), atol=1e-12)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     config = read_json(tmp_path / "config.json")
     assert (config["medusa_num_heads"], config["medusa_num_layers"]) == (3, layers)
     assert config["tie_lm_head"] == kind.get("tie_lm_head", False) and config["base_model_name_or_path"] == "some/base"
-    assert config["medusa_width"] == kind.get("width")
+    assert config["medusa_width"] == kind.get("width") and config["medusa_kind"] == kind.get("kind", "medusa")
+    stored = sum(t.numel() for name, t in tensors.items() if name != "token_map")
+    assert again.size() == heads.size() == stored and not any(p.requires_grad for p in again.parameters())
 
 
 def test_plain_heads_have_the_official_names_and_shapes():
-    heads = MedusaHeads(32, 12, 2)
+    heads = MedusaHeads(tiny_llama(), 2)
     assert {name: tuple(t.shape) for name, t in heads.names().items()} == {
         "0.0.linear.weight": (32, 32), "0.0.linear.bias": (32,), "0.1.weight": (12, 32),
         "1.0.linear.weight": (32, 32), "1.0.linear.bias": (32,), "1.1.weight": (12, 32)}
-    assert sum(p.numel() for p in MedusaHeads(64, 32000, 1, tie_lm_head=True).parameters()) == 4160
-    assert sum(p.numel() for p in MedusaHeads(64, 32000, 1).parameters()) == 2052160
+    story_model = tiny_llama(hidden_size=64, vocab_size=32000)                       # TinyLLama-v0's
+    assert MedusaHeads(story_model, 1, tie_lm_head=True).size() == 4160
+    assert MedusaHeads(story_model, 1).size() == 2052160
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_untrained_heads_repeat_the_base(kind):
     model = tiny_llama()
     heads, hidden = MedusaHeads.untrained(model, 3, **kind), torch.randn(4, 32, dtype=torch.float64)
-    assert torch.equal(heads.logits(heads.features(hidden), model.lm_head), model.lm_head(hidden).expand(3, 4, 12))
+    base = model.lm_head(hidden)[:, kind.get("token_map", slice(None))]
+    with torch.no_grad():
+        logits = heads.all_logits(hidden, torch.randint(0, 12, (4, 3)))
+    assert torch.allclose(logits, base.expand(3, *base.shape), atol=1e-12)
 
 
 def test_every_block_and_head_has_weights_of_its_own():

@@ -3,10 +3,11 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_prompt, random_tree, tiny_heads, tiny_llama
 
 from llama import UserError, new_cache
-from tinymedusa import PUBLISHED_TREE, State, Tree, draft, feed, prefill, published_tree, verify
+from tinymedusa import KINDS, PUBLISHED_TREE, State, Tree, draft, feed, prefill, published_tree, verify
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -15,7 +16,7 @@ def test_tables_against_their_definition(seed):
     tree = Tree.from_paths(paths, 4, 12)
     assert tree.paths[0] == [] and sorted(tree.paths[1:]) == sorted(paths)
     for i, p in enumerate(tree.paths):
-        assert tree.depth[i] == len(p) and tree.rank[i] == (p[-1] if p else 0)
+        assert tree.depth[i] == len(p)
         assert tree.paths[tree.parent[i]] == p[:-1] and tree.parent[i] <= i
         for j, q in enumerate(tree.paths):
             assert tree.ancestors[i, j] == (p[:len(q)] == q)
@@ -39,18 +40,27 @@ def test_node_logits_are_those_of_the_path_in_sequence(seed):
             assert torch.allclose(model.lm_head(hidden[i]), model.lm_head(expected), atol=1e-11)
 
 
-def test_the_draft_is_each_heads_top_ranks():
+@pytest.mark.parametrize("token_map", [None, torch.tensor([0, 3, 4, 6, 7, 9, 11])], ids=["all", "draft vocabulary"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(4))
+def test_every_node_is_its_heads_guess_behind_its_parents(kind, token_map, seed):
+    """Slow definition: node [.., r] of depth d is head d's rank r, given the tokens from the root to its parent."""
     model = tiny_llama()
-    heads, tree = tiny_heads(model), Tree.from_paths([[2], [0], [0, 1], [0, 1, 0], [2, 3]], 4, 12)
+    heads = tiny_heads(model, kind=kind, token_map=token_map)
+    tree = heads.tree(random_tree(random.Random(seed), nodes=25))
     hidden, token = torch.randn(3, 32, dtype=torch.float64), torch.tensor([4, 5, 6])
     empty = torch.zeros(3, dtype=torch.long)
     with torch.no_grad():
-        ids = draft(heads, model.lm_head, tree, State(None, empty, token, hidden, empty, empty, None))
-        logits = heads.logits(heads.features(hidden), model.lm_head)             # [K, B, V]
-    for b in range(3):
-        for i, p in enumerate(tree.paths):
-            expected = token[b] if not p else logits[len(p) - 1, b].argsort(descending=True)[p[-1]]
-            assert ids[b, i] == expected
+        ids = draft(heads, tree, State(None, empty, token, hidden, empty, empty, None))
+        for b in range(3):
+            for i, p in enumerate(tree.paths):
+                if not p:
+                    assert ids[b, i] == token[b]
+                    continue
+                before = torch.stack([ids[b, tree.paths.index(p[:j])] for j in range(len(p))])
+                padded = F.pad(before, (0, 4 - len(p)))[None]                    # what a head must not see: zeros
+                order = heads.all_logits(hidden[b:b + 1], padded)[len(p) - 1, 0].argsort(descending=True)
+                assert ids[b, i] == (order if token_map is None else token_map[order])[p[-1]]
 
 
 def test_the_root_alone():
@@ -61,7 +71,7 @@ def test_the_root_alone():
     length, _ = prefill(model, [[1, 3]], cache)
     state = State(cache, length, torch.tensor([7]), None, None, None, None)
     with torch.no_grad():
-        assert torch.allclose(verify(model, tree, draft(None, model.lm_head, tree, state), state, 64)[0][0, 0],
+        assert torch.allclose(verify(model, tree, draft(None, tree, state), state, 64)[0][0, 0],
                               model(torch.tensor([[1, 3, 7]]))[0, -1], atol=1e-12)
 
 
