@@ -11,7 +11,7 @@ Heads learn to guess what the *base* will write, so text by the base itself trai
 it continues openings in batches, by the very step that generate.py decodes with.
 A token file is a stream of uint16 or uint32 as in nanoGPT, but an entry is 2 * id + loss: loss 1 where heads should
 learn the token (the text, or what the assistant or the model wrote), 0 where it is a prompt. Documents stand one after
-the other, `bos .. eos`. The JSON beside it holds the tokenizer's hash, the counts and the source; it is written last,
+the other, `bos .. eos`, bos without loss. The JSON beside it holds the tokenizer's hash, the counts and the source; it is written last,
 so a file without it is not whole.
 """
 import hashlib
@@ -87,8 +87,8 @@ def write_tokens(path, documents, tokenizer: Tokenizer, vocab_size: int, source:
 def read_tokens(path, tokenizer: Tokenizer) -> list[np.ndarray]:
     """The documents of a token file (2 * id + loss), as views of the mapped file.
 
-    A document starts at each bos (a tokenizer without one: after each eos). Raises UserError: no such file, not whole,
-    or written with another tokenizer.
+    A document starts at each bos without loss (a tokenizer that has none: after each eos). Raises UserError: no such
+    file, not whole, or written with another tokenizer.
     """
     path, facts = Path(path), Path(f"{path}.json")
     if not path.is_file():
@@ -109,7 +109,7 @@ def read_tokens(path, tokenizer: Tokenizer) -> list[np.ndarray]:
     if stream.max() // 2 >= tokenizer.size:
         raise UserError(f"{path} holds the id {stream.max() // 2}, the tokenizer only {tokenizer.size}: "
                         "prepare it again")
-    starts = np.flatnonzero(stream // 2 == tokenizer.bos[0]) if tokenizer.bos else \
+    starts = np.flatnonzero(stream == 2 * tokenizer.bos[0]) if tokenizer.bos else \
         np.flatnonzero(np.isin(stream // 2, tokenizer.eos)) + 1
     return [d for d in np.split(stream, starts) if len(d)]
 
@@ -219,9 +219,12 @@ def batches(items, size):
 
 
 def tokenised(texts, tokenizer: Tokenizer):
-    """bos text eos, encoded in batches by the library's own threads; every token carries loss."""
+    """bos text eos, encoded in batches by the library's own threads; every token but bos carries loss."""
     for batch in batches(texts, len):
-        yield from (entries(ids + tokenizer.eos[:1], True) for ids in tokenizer.encode_batch(batch))
+        for ids in tokenizer.encode_batch(batch):
+            document = entries(ids + tokenizer.eos[:1], True)
+            document[:len(tokenizer.bos)] -= 1
+            yield document
 
 
 def question(index: int, text: str) -> str:

@@ -96,7 +96,7 @@ def make_batch(rows: list, num_heads: int, bos: list) -> Batch:
     width = max(map(len, rows)) + 1 + num_heads                # room for labels beyond the longest row
     entries = torch.from_numpy(np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int64))
     ids, loss = entries // 2, entries % 2 == 1                                              # [B, T + 1 + K]
-    document = torch.isin(ids, torch.tensor(bos, dtype=torch.long)).cumsum(1)
+    document = torch.isin(entries, 2 * torch.tensor(bos, dtype=torch.long)).cumsum(1)       # each begins without loss
     length = width - 1 - num_heads
     ahead = lambda t, n: t[:, n:n + length]
     same = lambda n: ahead(loss, n) & (ahead(document, n) == ahead(document, 0))

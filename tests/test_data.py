@@ -1,13 +1,30 @@
 """Token files: what goes in comes out, nothing half-written passes; self-distilled text is the model's own."""
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import byte_tokenizer, tiny_heads, tiny_llama
+from conftest import ROOT, byte_tokenizer, tiny_heads, tiny_llama
 
 import prepare_data
 from llama import LlamaConfig, Tokenizer, UserError
-from prepare_data import read_tokens, self_distilled, texts_between, tokenised, write_tokens
-from tinymedusa import Sampling, Tree, generate, published_tree
+from prepare_data import (
+    answered_anew,
+    continuations,
+    conversations,
+    entries,
+    opening,
+    read_tokens,
+    rendered,
+    texts,
+    tokenised,
+    write_tokens,
+)
+from tinymedusa import Sampling, generate, published_tree
+
+SAMPLE = Path(__file__).parent / "sharegpt.json"        # of our own writing
 
 
 @pytest.fixture
@@ -19,33 +36,120 @@ def tokenizer(tmp_path):
 def test_text_to_tokens_and_back(tmp_path, tokenizer):
     stories = ["A dog.\nIt was happy.\n\nThe end.", "Once upon a time", "é ü 你好"]
     (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(["", *stories, "  \n "]), encoding="utf-8")
-    assert list(texts_between(tmp_path / "s.txt", "<|endoftext|>")) == stories
-    documents = tokenised(iter(stories), tokenizer, batch_size=2)
-    facts = write_tokens(tmp_path / "s.bin", documents, tokenizer, 300, {"text": "s"})
+    (tmp_path / "s.jsonl").write_text("\n".join(json.dumps({"text": s, "id": 3}) for s in [*stories, " "]) + "\n\n")
+    assert list(texts(tmp_path / "s.txt", "<|endoftext|>")) == stories
+    assert list(texts(tmp_path / "s.jsonl", "-")) == stories
+    facts = write_tokens(tmp_path / "s.bin", tokenised(iter(stories), tokenizer), tokenizer, 300, {"text": "s"})
     documents = read_tokens(tmp_path / "s.bin", tokenizer)
-    assert [tokenizer.decode(d) for d in documents] == stories
-    assert all(d[0] == 1 and d[-1] == 2 and 1 not in d[1:] for d in documents)
+    assert [tokenizer.decode(d // 2) for d in documents] == stories and all((d % 2).sum() == len(d) - 1 for d in documents)
+    assert all(d[0] // 2 == 1 and d[-1] // 2 == 2 and 1 not in d[1:] // 2 for d in documents)
     assert facts == json.loads((tmp_path / "s.bin.json").read_text()) and facts["dtype"] == "uint16"
     assert facts["documents"] == 3 and facts["tokens"] == sum(map(len, documents)) and facts["source"] == {"text": "s"}
-    facts = write_tokens(tmp_path / "wide.bin", [[1, 299, 2], [1, 4, 2]], tokenizer, 80000, {})
-    assert facts["dtype"] == "uint32" and (tmp_path / "wide.bin").stat().st_size == 4 * 6
-    assert [d.tolist() for d in read_tokens(tmp_path / "wide.bin", tokenizer)] == [[1, 299, 2], [1, 4, 2]]
+    facts = write_tokens(tmp_path / "wide.bin", [entries([1, 299, 2], True), entries([1, 4, 2], [0, 1, 1])], tokenizer,
+                         80000, {})
+    assert facts["dtype"] == "uint32" and (tmp_path / "wide.bin").stat().st_size == 4 * 6 and facts["loss_tokens"] == 5
+    assert [d.tolist() for d in read_tokens(tmp_path / "wide.bin", tokenizer)] == [[3, 599, 5], [2, 9, 5]]
+
+
+def test_a_text_without_separators_comes_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "BATCH", 50)
+    (tmp_path / "novel.txt").write_text("one line of it\n" * 20 + "x" * 170)
+    pieces = list(texts(tmp_path / "novel.txt", "<|endoftext|>"))
+    assert max(map(len, pieces)) <= 64 and "".join(pieces).replace("\n", "") == "one line of it" * 20 + "x" * 170
+    assert [len(b) for b in prepare_data.batches([30, 30, 60, 1, 1], lambda n: n)] == [2, 1, 2]
+
+
+def test_special_tokens_in_a_text_are_text(tmp_path, tokenizer, cli, tiny_folder):
+    """HTML's <s> must not begin a document, nor </s> end one."""
+    (tmp_path / "s.txt").write_text("a <s> b </s> c\n<|endoftext|>\nd")
+    assert cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out", tmp_path / "s.bin")[0] == 0
+    documents = read_tokens(tmp_path / "s.bin", Tokenizer(tiny_folder, LlamaConfig(vocab_size=300)))
+    assert [tokenizer.decode(d // 2) for d in documents] == ["a <s> b </s> c", "d"]
+
+
+# --------------------------------------------------------------------------------------------------- conversations
+
+def test_conversations(tokenizer):
+    """The sample has: a leading gpt turn, an unanswered question at the end, turns out of order, one without a round."""
+    talks = list(conversations(SAMPLE))
+    assert [len(rounds) for rounds in talks] == [1, 2, 1, 1] and talks[0] == [["Who are you?", "A small model."]]
+    assert talks[1][1] == ["And of four?", "Sixteen."] and talks[2][0][0] == "Is a cat a dog?"
+
+
+def test_the_template_and_its_loss(tokenizer):
+    """vicuna_v1.1 to the letter, and loss on the answers with their leading space and eos, on nothing else."""
+    document, = rendered(iter([[["What is 2 squared?", "Four."], ["And of four?", "Sixteen <s>."]]]), tokenizer)
+    ids, loss = document // 2, document % 2 == 1
+    system = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+              "detailed, and polite answers to the user's questions.")
+    assert tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False) == (
+        f"<s>{system} USER: What is 2 squared? ASSISTANT: Four.</s>USER: And of four? ASSISTANT: Sixteen <s>.</s>")
+    parts = np.split(ids, np.flatnonzero(np.diff(loss.astype(int))) + 1)
+    assert [tokenizer.backend.decode(p.tolist(), skip_special_tokens=False) for p in parts] == [
+        f"<s>{system} USER: What is 2 squared? ASSISTANT:", " Four.</s>", "USER: And of four? ASSISTANT:",
+        " Sixteen <s>.</s>"]
+    assert not loss[0] and loss[-1] and ids[0] == 1 and ids[-1] == 2
+
+
+def test_the_originals_own_set(tiny_folder, tmp_path, cli):
+    """The first five words are the human turn, the whole story the answer, five words and all."""
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "TinyStoriesV2-GPT4-train.txt").write_text(
+        "Once upon a time there was a dog.\n<|endoftext|>\nThe end\n<|endoftext|>\nNot this one")
+    (tmp_path / "hub" / "TinyStoriesV2-GPT4-valid.txt").write_text("A held out one")
+    run = lambda *more: cli("prepare_data", "--model", tiny_folder, "--tinystories", tmp_path / "hub", "--out",
+                            tmp_path / "o.bin", *more)
+    assert run("--limit", 2, "--first-words", 5)[0] == 0
+    tokenizer = Tokenizer(tiny_folder, LlamaConfig(vocab_size=300))
+    decoded = [tokenizer.decode(d // 2) for d in read_tokens(tmp_path / "o.bin", tokenizer)]
+    assert [d.partition("USER: ")[2] for d in decoded] == [
+        "Once upon a time there ASSISTANT: Once upon a time there was a dog.", "The end ASSISTANT: The end"]
+    assert run("--split", "validation")[0] == 0
+    assert [tokenizer.decode(d // 2) for d in read_tokens(tmp_path / "o.bin", tokenizer)] == ["A held out one"]
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("a.jsonl", '{"text": "fine"}\n{"txt": "x"}\n', 'line 2: expected an object with a "text"'),
+    ("a.jsonl", '{"text": "fine"}\n{"text": \n', "line 2 is not valid JSON"),
+    ("a.json", "[1]", "item 0: expected {"),
+    ("a.json", '{"conversations": [{"from": "human"}]}', "as in ShareGPT"),
+    ("a.json", "[", "is not valid JSON"),
+    ("a.json", "[]", "holds no text"),
+])
+def test_bad_sources_are_named(name, text, says, tiny_folder, tmp_path, cli):
+    (tmp_path / name).write_text(text)
+    option = "--text" if name.endswith("l") else "--sharegpt"
+    status, out, err = cli("prepare_data", "--model", tiny_folder, option, tmp_path / name, "--out", tmp_path / "a.bin")
+    assert status == 2 and says in err and "Traceback" not in err and not out and not list(tmp_path.glob("*a.bin*"))
+
+
+def test_splits_and_limits(tiny_folder, tmp_path, cli):
+    (tmp_path / "s.jsonl").write_text("\n".join(json.dumps({"text": f"story {i}"}) for i in range(120)))
+    tokenizer = Tokenizer(tiny_folder, LlamaConfig(vocab_size=300))
+
+    def numbers(*more):
+        assert cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.jsonl", "--out", tmp_path / "s.bin",
+                   *more)[0] == 0
+        return [int(tokenizer.decode(d // 2).split()[1]) for d in read_tokens(tmp_path / "s.bin", tokenizer)]
+    assert numbers("--split", "validation") == [0, 50, 100] and numbers("--limit", 3) == [0, 1, 2]
+    train = numbers("--split", "train")
+    assert len(train) == 117 and not {0, 50, 100} & set(train)
 
 
 def test_an_interrupted_run_leaves_nothing_that_passes_for_whole(tmp_path, tokenizer, monkeypatch):
     def documents():
-        yield [1, 5, 2]
+        yield entries([1, 5, 2], True)
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         write_tokens(tmp_path / "a.bin", documents(), tokenizer, 300, {})
     assert not list(tmp_path.glob("*a.bin*"))
-    write_tokens(tmp_path / "a.bin", [[1, 5, 2]], tokenizer, 300, {})
+    write_tokens(tmp_path / "a.bin", [entries([1, 5, 2], True)], tokenizer, 300, {})
     with pytest.raises(KeyboardInterrupt):                                       # the old file is still whole
         write_tokens(tmp_path / "a.bin", documents(), tokenizer, 300, {})
     assert len(read_tokens(tmp_path / "a.bin", tokenizer)) == 1
     monkeypatch.setattr(prepare_data, "write_json", lambda *a: list(documents()))
     with pytest.raises(KeyboardInterrupt):                                       # just before the JSON is written
-        write_tokens(tmp_path / "a.bin", [[1, 7, 2]], tokenizer, 300, {})
+        write_tokens(tmp_path / "a.bin", [entries([1, 7, 2], True)], tokenizer, 300, {})
     with pytest.raises(UserError, match="was the preparation of"):
         read_tokens(tmp_path / "a.bin", tokenizer)
 
@@ -59,13 +163,13 @@ def edit(path, **change):
     (lambda f: f.unlink(), "no token file"),
     (lambda f: f.with_name("a.bin.json").unlink(), "was the preparation of"),
     (lambda f: f.write_bytes(f.read_bytes()[:-2]), "has 4 bytes, a.bin.json says 6"),
-    (lambda f: f.with_name("a.bin.json").write_text('{"dtype": "float32"}'), "neither uint16 nor uint32"),
+    (lambda f: f.with_name("a.bin.json").write_text('{"dtype": "uint16"}'), "not a token file of this version"),
     (lambda f: edit(f, tokens=None), "tokens is None"),
-    (lambda f: f.write_bytes(b"\1\0\0\5\2\0"), "holds the id 1280, the tokenizer only 300"),
+    (lambda f: f.write_bytes(b"\1\0\0\5\2\0"), "holds the id 640, the tokenizer only 300"),
     (lambda f: byte_tokenizer(f.with_name("tokenizer.json"), 280), "written with another tokenizer"),
 ])
 def test_damaged_files_are_refused(tmp_path, tokenizer, damage, says):
-    write_tokens(tmp_path / "a.bin", [[1, 5, 2]], tokenizer, 300, {})
+    write_tokens(tmp_path / "a.bin", [entries([1, 5, 2], True)], tokenizer, 300, {})
     damage(tmp_path / "a.bin")
     with pytest.raises(UserError) as error:
         read_tokens(tmp_path / "a.bin", tokenizer)
@@ -78,28 +182,95 @@ def test_nothing_to_write(tmp_path, tokenizer):
     assert not list(tmp_path.glob("*a.bin*"))
 
 
+# ------------------------------------------------------------------------------------------------ self-distillation
+
+def writer(model, temperature, heads=None, limit=30):
+    tree = heads and heads.tree(published_tree(heads.num_heads))
+    return lambda prompts, seeds: generate(model, prompts, limit, heads=heads, tree=tree, seeds=seeds,
+                                           sampling=Sampling(temperature))
+
+
 @pytest.mark.parametrize("temperature", [0, 0.9])
 @pytest.mark.parametrize("medusa", [False, True])
 def test_self_distilled_text_is_what_each_opening_gives_alone(temperature, medusa):
     model = tiny_llama()
-    heads = tiny_heads(model) if medusa else None
-    tree = Tree.from_paths(published_tree(4), 4, 12) if medusa else None
-    openings = [[1, 4], [1, 7, 8, 3, 5], [1, 9, 9], [1, 3, 3, 3], [1, 6]]
-    documents = list(self_distilled(model, heads, tree, openings, 30, Sampling(temperature), 5, batch_size=2))
-    alone = [o + [t for s in generate(model, [o], 30, sampling=Sampling(temperature), seeds=[5 + i]) for t in s[0]]
-             for i, o in enumerate(openings)]
-    assert sorted(documents) == sorted(alone)
+    openings = {5: [1, 4], 6: [1, 7, 8, 3, 5], 7: [1, 9, 9], 8: [1, 3, 3, 3], 19: [1, 6]}
+    write = writer(model, temperature, tiny_heads(model) if medusa else None)
+    documents = list(continuations(openings, write, batch_size=2))
+    alone = []
+    for seed, o in openings.items():
+        new = [t for s in generate(model, [o], 30, sampling=Sampling(temperature), seeds=[seed]) for t in s[0]]
+        alone.append([2 * t for t in o] + [2 * t + 1 for t in new])              # only what the model wrote carries loss
+    assert sorted(d.tolist() for d in documents) == sorted(alone)
 
 
-def test_the_two_commands(tiny_folder, tmp_path, cli):
+def test_conversations_answered_anew(tokenizer):
+    """Slow definition: one conversation at a time, each question behind the model's own earlier answers."""
+    model = tiny_llama(vocab_size=300, max_position_embeddings=700)
+    talks = {3: [["hi", "x"], ["and now?", "y"]], 4: [["a longer question", "z"]], 9: [["q", "x"], ["r", "x"], ["s", "x"]]}
+    documents = list(answered_anew(talks, tokenizer, writer(model, 1.0, limit=200), 2, 700))
+    expected = []
+    for seed, rounds in talks.items():
+        ids, loss = [1], [0]
+        for i, (ask, _) in enumerate(rounds):
+            text = (prepare_data.SYSTEM + " " if i == 0 else "") + f"USER: {ask} ASSISTANT:"
+            asked = tokenizer.backend.encode(text, add_special_tokens=False).ids
+            if len(ids) + len(asked) >= 700:
+                break
+            new = [t for s in generate(model, [ids + asked], 200, sampling=Sampling(1.0), seeds=[seed]) for t in s[0]]
+            ids, loss = ids + asked + new, loss + [0] * len(asked) + [1] * len(new)
+            if new[-1] != 2:
+                break
+        expected.append([2 * i + m for i, m in zip(ids, loss, strict=True)])
+    assert [d.tolist() for d in documents] == expected and len(set(map(len, expected))) == 3
+    assert sum(d.count(5) for d in expected) >= 3                                # several answers ended with eos
+
+
+def test_openings_are_first_sentences():
+    assert opening('"Hi!" said Tom. He ran.') == '"Hi!"' and opening("One. Two.") == "One."
+    assert opening("no end here\nsecond line.") == "no end here" and opening("x" * 300) == "x" * 200
+    assert opening("It cost 3.50 in all. Yes.") == "It cost 3.50 in all."
+
+
+def test_the_commands(tiny_folder, tmp_path, cli):
     (tmp_path / "openings.txt").write_text("the dog\n\nonce upon\nthe dog\na time\n")
-    (tmp_path / "stories.txt").write_text("the dog was happy\n<|endoftext|>\nthe end\n<|endoftext|>\nmore\n")
-    status, out, err = cli("prepare_data", "--model", tiny_folder, "--openings", tmp_path / "openings.txt", "--out",
-                           tmp_path / "d" / "o.bin", "--max-new-tokens", 9, "--temperature", 1)
-    assert status == 0 and "3 documents" in out and "100%" in err                # the doubled opening counts once
-    status, out, _ = cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "stories.txt", "--limit", 2,
-                         "--out", tmp_path / "t.bin")
+    (tmp_path / "stories.txt").write_text("the dog was happy. yes\n<|endoftext|>\nthe end\n<|endoftext|>\nmore\n")
     tokenizer = Tokenizer(tiny_folder, LlamaConfig(vocab_size=300))
-    assert [tokenizer.decode(d) for d in read_tokens(tmp_path / "t.bin", tokenizer)] == ["the dog was happy", "the end"]
-    assert status == 0 and all(tokenizer.decode(d).startswith(("the dog", "once upon", "a time"))
-                               for d in read_tokens(tmp_path / "d" / "o.bin", tokenizer))
+
+    def run(*more):
+        status, out, err = cli("prepare_data", "--model", tiny_folder, "--out", tmp_path / "d" / "o.bin", *more)
+        assert status == 0, err
+        return out, err, [tokenizer.decode(d // 2) for d in read_tokens(tmp_path / "d" / "o.bin", tokenizer)]
+    out, err, written = run("--openings", tmp_path / "openings.txt", "--max-new-tokens", 9, "--temperature", 1)
+    assert "3 documents" in out and "100%" in err                                # the doubled opening counts once
+    assert all(d.startswith(("the dog", "once upon", "a time")) for d in written)
+    assert run("--text", tmp_path / "stories.txt", "--limit", 2)[2] == ["the dog was happy. yes", "the end"]
+    written = run("--text", tmp_path / "stories.txt", "--distill", "--max-new-tokens", 5)[2]
+    assert len(written) == 3 and sum(d.startswith("the dog was happy.") for d in written) == 1
+    facts = json.loads((tmp_path / "d" / "o.bin.json").read_text())
+    assert facts["source"]["text"] == "stories.txt" and facts["source"]["distill"] and str(tmp_path) not in str(facts)
+    model = tiny_llama(vocab_size=300, max_position_embeddings=512, dtype=None)
+    model.save(tiny_folder)
+    written = run("--sharegpt", SAMPLE, "--distill", "--max-new-tokens", 9)[2]
+    assert len(written) == 4 and all("USER: " in d for d in written)
+
+
+def test_several_processes_share_the_openings(tiny_folder, tmp_path, cli, monkeypatch):
+    """Each has the very documents that one process alone would have written for its openings."""
+    (tmp_path / "o.txt").write_text("".join(f"the dog {i}\n" for i in range(7)))
+    tokenizer = Tokenizer(tiny_folder, LlamaConfig(vocab_size=300))
+    run = lambda out: cli("prepare_data", "--model", tiny_folder, "--openings", tmp_path / "o.txt", "--out",
+                          tmp_path / out, "--max-new-tokens", 12, "--temperature", 1, "--batch-size", 1)
+    read = lambda name: [d.tolist() for d in read_tokens(tmp_path / name, tokenizer)]
+    assert run("alone.bin")[0] == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run("o.bin")[0] == 0
+    first, second = read("o-00000-of-00002.bin"), read("o-00001-of-00002.bin")
+    assert len(first) == 4 and len(second) == 3 and sorted(first + second) == sorted(read("alone.bin"))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         str(ROOT / "prepare_data.py"), "--model", tiny_folder, "--text", tmp_path / "o.txt", "--separator", "-",
+         "--out", tmp_path / "t.bin"], capture_output=True, text=True)
+    assert done.returncode != 0 and "holds no text" in done.stderr               # one text for two processes

@@ -1,125 +1,248 @@
-"""Training: head k's label, the loss and ranks against a slow definition, a corpus learned by heart, a frozen base."""
+"""Training: labels, loss and ranks against slow definitions, exact resume, several processes, what is left untouched."""
 import itertools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_heads, tiny_llama
+from conftest import ROOT, tiny_heads, tiny_llama
+from safetensors.torch import load_file
 
 import train_heads
-from prepare_data import self_distilled
-from tinymedusa import GREEDY, MedusaHeads, Tree, generate, grow_tree
-from train_heads import (
-    IGNORE,
-    batch_hidden,
-    evaluate,
-    head_labels,
-    head_results,
-    learning_rate,
-    length_batches,
-    path_hits,
-    train,
-)
+from llama import Llama, UserError, model_name
+from prepare_data import continuations, entries
+from tinymedusa import GREEDY, KINDS, MedusaHeads, generate, grow_tree, path_hits, walk
+from train_heads import IGNORE, evaluate, head_results, learning_rate, length_batches, make_batch, train
 
+x = IGNORE
+
+
+def options(tmp_path, *more):
+    return train_heads.arguments(["--data", "-", "--out", str(tmp_path), "--warmup", "1", *map(str, more)])
+
+
+def text(ids):
+    return np.concatenate((entries([1], False), entries(ids, True)))
+
+
+def texts(number=4, length=20):
+    return [text(np.random.default_rng(i).integers(3, 12, length)) for i in range(number)]
+
+
+# ----------------------------------------------------------------------------------------------------------- labels
 
 def test_head_k_learns_the_token_k_plus_1_places_on():
     """The family's commonest bug is to be off by one: head 1 at position t is taught ids[t + 2]."""
-    ids, length = torch.tensor([[1, 10, 11, 12, 13, 14, 15], [1, 20, 21, 22, 0, 0, 0]]), torch.tensor([7, 4])
-    labels = head_labels(ids, length, 3)
-    x = IGNORE
-    assert labels[0].tolist() == [[11, 12, 13, 14, 15, x, x], [21, 22, x, x, x, x, x]]
-    assert labels[1].tolist() == [[12, 13, 14, 15, x, x, x], [22, x, x, x, x, x, x]]
-    assert labels[2].tolist() == [[13, 14, 15, x, x, x, x], [x] * 7]
+    batch = make_batch([text([10, 11, 12, 13]), text([20, 21])], 3, [1])
+    assert batch.ids.tolist() == [[1, 10, 11, 12, 13], [1, 20, 21, 0, 0]]
+    assert batch.index.tolist() == [0, 1, 2, 5] and batch.row.tolist() == [0, 0, 0, 1]
+    assert batch.labels.tolist() == [[11, 12, 13, 21], [12, 13, x, x], [13, x, x, x]]
+    assert batch.tokens[:, 0].tolist() == [10, 11, 12, 20] and batch.tokens[0].tolist() == [10, 11, 12]
+    assert batch.next.tolist() == [10, 11, 12, 13, x, 20, 21, x, x, x] and batch.own.all()
 
 
-def test_hidden_and_labels_stand_side_by_side():
-    model = tiny_llama()
-    documents = [np.array([1, 4, 5, 6, 7]), np.array([1, 8, 9])]
-    hidden, labels = batch_hidden(model, documents, 2)
-    assert labels.tolist() == [[5, 6, 7, 9], [6, 7, IGNORE, IGNORE]]
+def test_prompts_carry_no_loss_and_no_step_begins_in_them():
+    """Question, answer, question, answer: [1 5 6] 7 8 9 2 [10 11] 12 2."""
+    ids, loss = [1, 5, 6, 7, 8, 9, 2, 10, 11, 12, 2], np.array([0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1])
+    batch = make_batch([entries(ids, loss)], 2, [1])
+    labels = {i: batch.labels[:, j].tolist() for j, i in enumerate(batch.index.tolist())}
+    assert labels == {0: [x, 7], 1: [7, 8], 2: [8, 9], 3: [9, 2], 4: [2, x], 6: [x, 12], 7: [12, 2], 8: [2, x]}
+    own = dict(zip(batch.index.tolist(), batch.own.tolist(), strict=True))
+    assert [i for i, mine in own.items() if mine] == [2, 3, 4, 8]      # 2: the prompt's end, where the prefill chose 7
+    assert batch.next.tolist() == [x, x, 7, 8, 9, 2, x, x, 12, 2, x]
+
+
+def test_packed_rows_ask_nothing_across_a_boundary():
+    stream = np.concatenate([text([5, 6, 2]), text([7, 8, 9, 2])])
+    batch = make_batch(train_heads.cut([stream], 8), 2, [1])
+    labels = {i: batch.labels[:, j].tolist() for j, i in enumerate(batch.index.tolist())}
+    assert labels == {0: [6, 2], 1: [2, x], 4: [8, 9], 5: [9, x]}      # the last 2 stands alone in the second row
+    assert batch.next[:8].tolist() == [5, 6, 2, x, 7, 8, 9, x]
+
+
+# ------------------------------------------------------------------------------------------------------ loss and ranks
+
+@pytest.mark.parametrize("distill", [False, True], ids=["tokens", "distill"])
+@pytest.mark.parametrize("kind, token_map", [("medusa", None), ("root", None), ("hydra", torch.arange(2, 9))], ids=str)
+def test_losses_and_ranks_against_their_definition(kind, token_map, distill, monkeypatch):
+    monkeypatch.setattr(train_heads, "LOGITS", 5 * 2 * 12)                       # a few places at a time
+    model = tiny_llama().requires_grad_(False)
+    heads, documents = tiny_heads(model, 2, kind=kind, token_map=token_map), texts(3, 9)
+    batch = make_batch(documents, 2, [1])
     with torch.no_grad():
-        first, second = model(torch.tensor([[1, 4, 5, 6, 7]]))[0], model(torch.tensor([[1, 8, 9]]))[0]
-    assert torch.allclose(hidden, torch.cat((first[:3], second[:1])), atol=1e-12)
+        hidden = model(batch.ids)
+        results = list(head_results(heads, batch, hidden.flatten(0, 1), distill))
+        ids = list(range(12)) if token_map is None else token_map.tolist()
+        losses, ranks = torch.zeros(2, dtype=torch.float64), [[], []]
+        for row, t in itertools.product(range(3), range(10)):
+            text = batch.ids[row].tolist()
+            for k in range(2):
+                label = text[t + 2 + k] if t + 2 + k < len(text) else None
+                if t + 2 >= len(text):
+                    continue
+                logits = heads.all_logits(hidden[row, t:t + 1], torch.tensor([(text + [0, 0])[t + 1:t + 3]]))[k, 0]
+                known = label in ids
+                ranks[k].append(int((logits > logits[ids.index(label)]).sum()) if known else 12)
+                if known:
+                    teacher = model.lm_head(hidden[row, t + 1 + k])[ids].softmax(-1)     # where the base guesses label
+                    losses[k] -= (teacher * logits.log_softmax(-1)).sum() if distill else \
+                        logits.log_softmax(-1)[ids.index(label)]
+    assert len(results) > 1 and torch.allclose(sum(sums for sums, _ in results), losses, atol=1e-10)
+    assert torch.cat([r for _, r in results], 1).tolist() == ranks
 
 
-def test_losses_and_ranks_against_their_definition():
-    model = tiny_llama(dtype=torch.float32)
-    heads, hidden = tiny_heads(model, 2), torch.randn(9, 32)
-    labels = torch.randint(0, 12, (2, 9))
-    labels[1, 4:] = IGNORE
-    with torch.no_grad():
-        (sums, rank), = head_results(heads, model.lm_head, hidden, labels)
-        logits = heads.logits(heads.features(hidden), model.lm_head)
-    for k in range(2):
-        real = labels[k] != IGNORE
-        assert torch.allclose(sums[k], F.cross_entropy(logits[k][real], labels[k][real], reduction="sum"))
-        for t in range(9):
-            order = logits[k, t].argsort(descending=True).tolist()
-            assert rank[k, t] == (order.index(labels[k, t]) if real[t] else 12)
+def trained(tmp_path, documents, *more, heads=None, **over):
+    model = tiny_llama(**over)
+    heads = heads or tiny_heads(model, 2)
+    heads.borrow(model)
+    train(model, heads, documents, options(tmp_path, "--batch-tokens", 50, "--lr", 1e-2, *more), [1])
+    return model, heads
 
 
-def test_chunks_give_the_gradient_of_the_whole(monkeypatch):
-    documents = [np.array([1, *np.random.default_rng(i).integers(3, 12, 20)]) for i in range(4)]
-    results = []
-    for logits in (10 ** 6, 7 * 2 * 12):                                         # all at once, 7 positions at once
+def close(a: MedusaHeads, b: MedusaHeads, atol):
+    return all(torch.allclose(a.names()[n].double(), b.names()[n].double(), rtol=0, atol=atol) for n in a.names())
+
+
+def test_chunks_and_accumulated_batches_give_the_gradient_of_the_whole(monkeypatch, tmp_path):
+    runs = []
+    for logits, more in ((10 ** 6, ()), (7 * 2 * 12, ()), (10 ** 6, ("--batch-tokens", 21, "--accumulate", 2))):
         monkeypatch.setattr(train_heads, "LOGITS", logits)
-        model = tiny_llama()
-        heads = tiny_heads(model, 2)
-        train(model, heads, documents, epochs=2, lr=1e-2, warmup=1, decay=0.8, batch_tokens=50, seed=0)
-        results.append(heads.names())
-    assert all(torch.allclose(results[0][n], results[1][n], atol=1e-9) for n in results[0])
+        monkeypatch.setattr(train_heads, "length_batches", lambda d, tokens, seed:      # the same order for all three
+                            [d[:2], d[2:]] if tokens == 50 else [[d[0]], [d[1]], [d[2]], [d[3]]])
+        documents = [text(np.random.default_rng(i).integers(3, 12, 9 + 5 * i)) for i in range(4)]
+        runs.append(trained(tmp_path, documents, "--epochs", 3, *more)[1])
+    assert close(runs[0], runs[1], 1e-9) and close(runs[0], runs[2], 1e-9)
 
 
-def test_the_base_stays_as_it_is():
-    model = tiny_llama()
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    heads = tiny_heads(model, 2, tie_lm_head=True)
-    start = {n: t.clone() for n, t in heads.names().items()}
-    train(model, heads, [np.array([1, 4, 5, 6, 7])] * 4, epochs=1, lr=0.1, warmup=0, decay=0.8, batch_tokens=20, seed=0)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    assert not any(torch.equal(t, start[n]) for n, t in heads.names().items())
+def test_loss_weights_and_clipping(tmp_path):
+    """One step of AdamW with a huge eps is a step of plain gradient descent: the slow definition of the gradient."""
+    model, documents = tiny_llama(), texts(2)
+    heads, before = tiny_heads(model, 2), tiny_heads(model, 2)
+    batch = make_batch(documents, 2, [1])
+    logits = before.all_logits(model(batch.ids).flatten(0, 1)[batch.index].detach(), batch.tokens)
+    loss = sum(0.3 * 0.5 ** (k + 1) * F.cross_entropy(logits[k], batch.labels[k], ignore_index=IGNORE)
+               for k in range(2))
+    gradient = torch.autograd.grad(loss, list(before.parameters()))
+    seen = []
+    real = torch.optim.AdamW.step
+    for clip in (0, 1e-3):
+        torch.optim.AdamW.step = lambda self: seen.append([p.grad.clone() for p in self.param_groups[0]["params"]])
+        try:
+            train(model, heads, documents, options(tmp_path, "--epochs", 1, "--decay", 0.5, "--coefficient", 0.3,
+                                                   "--clip", clip), [1])
+        finally:
+            torch.optim.AdamW.step = real
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(seen[0], gradient, strict=True))
+    norm = torch.cat([g.flatten() for g in gradient]).norm()
+    assert norm > 1e-2
+    assert all(torch.allclose(a, b * 1e-3 / norm, atol=1e-8) for a, b in zip(seen[1], gradient, strict=True))
 
 
-@pytest.mark.parametrize("kind, rows", [({}, 3), ({"tie_lm_head": True, "width": 128}, 12)], ids=str)
-def test_a_tiny_corpus_learned_by_heart(kind, rows):
-    """On the base's own greedy text the heads end up guessing nearly all: at least 0.9 (K + 1) tokens a step."""
-    model = tiny_llama(vocab_size=40, dtype=torch.float32, std=0.6)
-    openings = [[1, 3 + i] for i in range(rows)]
-    documents = [np.array(d) for d in self_distilled(model, None, None, openings, 60, GREEDY, 0, rows)]
-    heads = MedusaHeads.untrained(model, 3, **kind)
+def test_the_base_stays_as_it_is(tmp_path):
+    start = tiny_heads(tiny_llama(), 2, tie_lm_head=True)
+    heads = tiny_heads(tiny_llama(), 2, tie_lm_head=True)
+    model, _ = trained(tmp_path, texts(), heads=heads)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny_llama().parameters(), strict=True))
+    assert not any(torch.equal(t, start.names()[n]) for n, t in heads.names().items())
+
+
+def by_heart(tmp_path, kind, rows, **over):
+    model = tiny_llama(vocab_size=40, dtype=torch.float32, std=0.6, **over)
+    openings = {i: [1, 3 + i] for i in range(rows)}
+    documents = list(continuations(openings, lambda p, s: generate(model, p, 60, sampling=GREEDY), rows))
+    return model, openings, documents, MedusaHeads.untrained(model, 3, **kind)
+
+
+@pytest.mark.parametrize("kind, rows", [({}, 3), ({"tie_lm_head": True, "width": 128}, 12),
+                                        ({"kind": "root", "tie_lm_head": True, "width": 64}, 12),
+                                        ({"kind": "hydra", "tie_lm_head": True, "width": 64}, 12)], ids=str)
+def test_a_tiny_corpus_learned_by_heart(kind, rows, tmp_path):
+    """On the base's own greedy text the heads end up guessing nearly all: at least 0.9 (K + 1) tokens a step.
+
+    The walk over the ranks must tell exactly the steps that decoding takes.
+    """
+    model, openings, documents, heads = by_heart(tmp_path, kind, rows)
     assert len({tuple(d[-20:]) for d in documents}) > rows / 2                   # not one cycle for all
-    train(model, heads, documents, epochs=300, lr=1e-2, warmup=20, decay=0.8, batch_tokens=1000, seed=0)
-    chain = Tree.from_paths([[0], [0, 0], [0, 0, 0]], 3, 40)
-    steps = list(generate(model, openings, 60, heads=heads, tree=chain))
-    for row in range(rows):
-        assert [t for s in steps for t in s[row]] == documents[row].tolist()[2:]
-    emitted = sum(len(s[row]) for s in steps[1:] for row in range(rows))
-    row_steps = sum(bool(s[row]) for s in steps[1:] for row in range(rows))
-    print(f"{kind}: {emitted / row_steps:.2f} tokens per step of at most 4")
-    assert emitted / row_steps >= 0.9 * 4
-    assert min(evaluate(model, heads, documents, 1000)[0]["top1"]) > 0.95
+    args = options(tmp_path, "--epochs", 300, "--lr", 1e-2, "--warmup", 20, "--batch-tokens", 1000)
+    train(model, heads, documents, args, [1])
+    figures, ranks, own = evaluate(model, heads, documents, args, [1])
+    assert min(top[0] for top in figures["top"]) > 0.95
+    for paths in ([[0], [0, 0], [0, 0, 0]], [[0], [1], [1, 0]]):
+        tree = heads.tree(paths)
+        steps = list(generate(model, list(openings.values()), 60, heads=heads, tree=tree))
+        for row in range(rows):
+            assert [t for s in steps for t in s[row]] == (documents[row] // 2).tolist()[2:]
+        counts = [len(s[row]) for s in steps[1:] for row in range(rows) if s[row]]
+        found, _ = walk(tree, ranks, own)
+        assert found["steps"] == len(counts) and found["tokens_per_step"] == pytest.approx(sum(counts) / len(counts))
+        if len(paths[-1]) == 3:
+            print(f"{kind}: {sum(counts) / len(counts):.2f} tokens per step of at most 4")
+            assert sum(counts) / len(counts) >= 0.9 * 4
+
+
+# ------------------------------------------------------------------------------------------------------------- trees
+
+def random_ranks():
+    g = torch.Generator().manual_seed(0)
+    ranks = [torch.randint(0, 4, (3, n), generator=g) * torch.tensor([[1], [1], [3]]) for n in (150, 250)]
+    for rank in ranks:                                                           # head 3 is worse
+        rank[:, ::9], rank[0, ::7] = 40, 40                                      # beyond what is counted: no hit
+    return ranks
 
 
 def test_the_tree_is_grown_from_joint_hits():
     """Slow definition: a node's worth is the share of places where its whole path is right; take the best 6."""
-    rank = torch.randint(0, 4, (3, 400), generator=torch.Generator().manual_seed(0)) * \
-        torch.tensor([[1], [1], [3]])                                            # head 3 is worse
-    rank[:, ::9], rank[0, ::7] = 12, 12                                          # beyond the vocabulary: no hit
-    worth = {p: sum(rank[:len(p), t].tolist() == list(p) for t in range(400))
+    ranks = random_ranks()
+    places = [tuple(place) for rank in ranks for place in rank.t().tolist()]
+    worth = {p: sum(place[:len(p)] == p for place in places)
              for d in (1, 2, 3) for p in itertools.product(range(10), repeat=d)}
-    best = grow_tree(path_hits(rank), 6)
-    Tree.from_paths(best, 3, 12)
+    best = grow_tree(path_hits(ranks), 6)
     assert sum(worth[tuple(p)] for p in best) == sum(sorted(worth.values(), reverse=True)[:6])
-    assert sum(path_hits(rank).values()) == sum(worth.values())
+    assert sum(path_hits(ranks).values()) == sum(worth.values())
+    assert max(map(len, grow_tree(path_hits(ranks), 30, deepest=2))) == 2
+    half = [torch.arange(rank.shape[1]) % 2 == 0 for rank in ranks]
+    assert sum(path_hits(ranks, half).values()) < sum(worth.values())
 
+
+def test_the_walk_against_its_definition():
+    ranks, tree = random_ranks(), tiny_heads(tiny_llama(), 3).tree([[0], [1], [0, 0], [0, 1], [0, 1, 3], [1, 0]])
+    own = [torch.ones(rank.shape[1], dtype=torch.bool) for rank in ranks]
+    own[1][100:130] = False                                                      # a question in between
+    steps, reached = 0, {}
+    for rank, mine in zip(ranks, own, strict=True):
+        place = 0
+        while place < rank.shape[1]:
+            if not mine[place]:
+                place += 1
+                continue
+            steps += 1
+            path = []
+            while path in tree.paths:
+                reached[tuple(path)] = reached.get(tuple(path), 0) + 1
+                path = path + [int(rank[len(path), place])] if len(path) < 3 else [*path, None]
+                if path not in tree.paths:
+                    place += len(path)
+    found, begins = walk(tree, ranks, own)
+    assert found["steps"] == steps == sum(int(b.sum()) for b in begins)
+    assert found["tokens_per_step"] == pytest.approx(370 / steps)
+    for path, share in zip(tree.paths, found["reach"], strict=True):
+        assert share == pytest.approx(reached.get(tuple(path), 0) / steps)
+    assert found["depth_reach"][1] == pytest.approx(sum(reached.get((r,), 0) for r in (0, 1)) / steps)
+
+
+# ---------------------------------------------------------------------------------------------- schedule, batches, resume
 
 def test_schedule_and_batches():
-    rates = [learning_rate(s, 100, 10) for s in range(100)]
+    rates = [learning_rate(s, 100, 10, "cosine") for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == pytest.approx(1) and rates[99] < 1e-3
     assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+    assert [learning_rate(s, 100, 2, "constant") for s in (0, 1, 2, 99)] == [0.5, 1, 1, 1]
     documents = [np.arange(n) for n in range(3, 60)]
     batches = length_batches(documents, 100, seed=3)
     assert sorted(len(d) for b in batches for d in b) == list(range(3, 60))      # each document once an epoch
@@ -127,19 +250,126 @@ def test_schedule_and_batches():
     assert max(max(map(len, b)) * len(b) for b in batches) < 100 + 60
 
 
-def test_the_command(tiny_folder, tmp_path, cli):
+@pytest.mark.parametrize("more", [(), ("--medusa-2", "--base-lr", 1e-3)], ids=["heads", "medusa-2"])
+def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, more, monkeypatch):
+    """Ctrl-C in step 3 of 12 (in the joint half with Medusa-2: step 9): saved behind it, then resumed."""
+    at = 9 if more else 3
+    more = (*more, "--epochs", 3, "--log-every", 2, "--batch-tokens", 21)
+    model, whole = trained(tmp_path / "whole", texts(), *more)
+    real, calls = train_heads.backward, []
+
+    def backward(*args):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_heads, "backward", backward)
+        trained(tmp_path / "cut", texts(), *more)
+    with pytest.raises(UserError, match="add --resume"):
+        trained(tmp_path / "cut", texts(), *more)
+    with pytest.raises(UserError, match="decay 0.8, not 0.5"):
+        trained(tmp_path / "cut", texts(), *more, "--resume", "--decay", 0.5)
+    again, resumed = trained(tmp_path / "cut", texts(), *more, "--resume")
+    assert all(torch.equal(whole.names()[n], resumed.names()[n]) for n in whole.names())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    read = lambda name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    assert [{**m, "tokens_per_second": 0} for m in read("cut")] == [{**m, "tokens_per_second": 0} for m in read("whole")]
+    assert [m["step"] for m in read("cut")] == [2, 4, 6, 8, 10, 12]
+    assert set(read("cut")[0]) == {"step", "loss", "head_loss", "top1", "top5", "lr", "tokens_per_second"}
+
+
+def test_no_checkpoint_to_resume(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        trained(tmp_path, texts(), "--resume")
+    (tmp_path / "checkpoint.pt").write_bytes(b"garbage")
+    with pytest.raises(UserError, match="can't read .*checkpoint.pt"):
+        trained(tmp_path, texts(), "--resume")
+
+
+def test_two_processes_make_the_steps_of_one(tiny_folder, tmp_path, cli):
+    """Rows of very different lengths, so the halves of a batch hold different numbers of labels; and an empty half."""
+    stories = ["a dog was here " * n for n in (1, 9, 2, 7, 1, 8, 3, 3, 1)]
+    (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(stories))
+    cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out", tmp_path / "s.bin")
+    arguments = ["--model", tiny_folder, "--data", tmp_path / "s.bin", "--epochs", 3, "--lr", 0.01, "--warmup", 1,
+                 "--width", 8, "--num-heads", 2, "--batch-tokens", 60]
+    assert cli("train_heads", *arguments, "--out", tmp_path / "one")[0] == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+         str(ROOT / "train_heads.py"), *map(str, arguments), "--out", tmp_path / "two"],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    start = load_file(tiny_folder / "medusa" / "model.safetensors")
+    assert all(torch.allclose(one[n], two[n], rtol=0, atol=1e-6) for n in one) and one.keys() == two.keys()
+    assert start.keys() != one.keys() and float(one["0.0.down.weight"].abs().max()) > 1e-3      # they did learn
+    metrics = [json.loads((tmp_path / n / "metrics.jsonl").read_text().splitlines()[-1]) for n in ("one", "two")]
+    assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- the commands
+
+def test_medusa_2_trains_base_and_heads_and_saves_a_whole_model(tiny_folder, tmp_path, cli):
+    stories = [f"the dog {'was happy ' * (5 + i % 3)}" for i in range(60)]
+    (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(stories))
+    cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out", tmp_path / "s.bin")
+    status, out, err = cli("train_heads", "--model", tiny_folder, "--data", tmp_path / "s.bin", "--out", tmp_path / "m2",
+                           "--medusa-2", "--num-heads", 2, "--epochs", 6, "--base-lr", 1e-3, "--draft-vocab", 40,
+                           "--tie-lm-head", "--width", 16, "--json")
+    assert status == 0, err
+    result = json.loads(out)
+    assert result["base_loss_before"] != result["base_loss"]
+    old, new = Llama.from_pretrained(tiny_folder), Llama.from_pretrained(tmp_path / "m2")
+    assert not any(torch.equal(p, q) for p, q in zip(old.parameters(), new.parameters(), strict=True))
+    heads = MedusaHeads.from_pretrained(tmp_path / "m2" / "medusa", new)
+    assert heads.draft_size == 40 and model_name(tmp_path / "m2") == "m2"
+    status, out, _ = cli("generate", "--model", tmp_path / "m2", "--prompt", "the dog", "--json", "--compare")
+    assert status == 0 and json.loads(out)["identical"] and json.loads(out)["tokens_per_step"] > 1
+
+
+def test_medusa_2s_first_half_leaves_the_base_alone_and_the_kl_holds_it(tmp_path):
+    model, _ = trained(tmp_path, texts(), "--medusa-2", "--epochs", 1, "--base-lr", 1e-3)        # 2 steps: 1 joint
+    assert not torch.equal(model.layers[0].mlp.up_proj.weight, tiny_llama().layers[0].mlp.up_proj.weight)
+    base, batch, hidden = tiny_llama(), make_batch(texts(1), 2, [1]), torch.randn(21, 32, dtype=torch.float64)
+    kl = lambda before: sum(float(loss) for loss in train_heads.base_results(base, hidden, batch, (base.lm_head, before)))
+    p, q = (base.lm_head(h).log_softmax(-1)[:20] for h in (2 * hidden, hidden))
+    assert kl(2 * hidden) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4) and abs(kl(hidden)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command(kind, tiny_folder, tmp_path, cli):
     stories = [f"the dog {'was happy ' * (5 + i % 3)}" for i in range(60)]
     (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(stories))
     assert cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out",
                tmp_path / "s.bin")[0] == 0
-    status, out, err = cli("train_heads", "--model", tiny_folder, "--data", tmp_path / "s.bin", "--out", tmp_path / "h",
-                           "--num-heads", 2, "--tie-lm-head", "--width", 16, "--epochs", 40, "--lr", 0.02)
-    result = json.loads(out)
+    run = lambda *more: cli("train_heads", "--model", tiny_folder, "--data", tmp_path / "s.bin", "--out",
+                            tmp_path / "h", *more)
+    status, out, err = run("--num-heads", 2, "--tie-lm-head", "--width", 16, "--epochs", 40, "--lr", 0.02, "--kind", kind,
+                           "--draft-vocab", 100, "--json")
     assert status == 0 and "training heads: 100%" in err
-    assert result["held_out_documents"] == 2 and result["parameters"] == 2 * (16 * 32 + 16 + 32 * 16)
-    assert result["top1"][0] > 0.5 and result["top5"][1] >= result["top1"][1]
+    result = json.loads(out)
+    columns = {"medusa": 32 + 32, "root": 64 + 64, "hydra": 64 + 96}[kind]
+    assert result["documents"] == 2 and result["parameters"] == 16 * columns + 2 * (16 + 32 * 16)
+    assert result["top"][0][0] > 0.5 and result["top"][1][4] >= result["top"][1][0] and result["kind"] == kind
+    assert not (tmp_path / "h" / "checkpoint.pt").exists()
     status, out, _ = cli("generate", "--model", tiny_folder, "--heads", tmp_path / "h", "--prompt", "the dog", "--json",
                          "--max-new-tokens", 20, "--compare")
     assert status == 0 and json.loads(out)["identical"]
     paths = json.loads((tmp_path / "h" / "tree.json").read_text())["paths"]
     assert [0] in paths and len(paths) <= 15
+    again = json.loads(run("--eval", "--json")[1])
+    assert again["documents"] == 60 and len(again["acceptance"]["node_reach"]) == len(paths) + 1
+    status, out, _ = run("--eval")
+    assert status == 0 and "tokens per step" in out and "top-10" in out and "  = new tokens behind the first" in out
+
+
+@pytest.mark.parametrize("more", [("--pack", 16), ("--target", "distill"), ("--bf16",), ("--schedule", "constant")],
+                         ids=lambda m: m[0])
+def test_every_way_of_training_learns(more, tmp_path):
+    """The held-by-heart corpus again, shortly: the loss falls to less than half of where it began."""
+    model, _, documents, heads = by_heart(tmp_path, {"tie_lm_head": True, "width": 64}, 6)
+    args = options(tmp_path, "--epochs", 60, "--lr", 1e-2, "--batch-tokens", 200, "--log-every", 1, *more)
+    train(model, heads, train_heads.cut([np.concatenate(documents)], 16) if "--pack" in more else documents, args, [1])
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0] / 2
