@@ -4,16 +4,19 @@
     python generate.py --compare --profile                    # and by plain decoding: same tokens? where is the time?
     python generate.py --prompt "The little dog" --temperature 0.8 --seed 3
     python generate.py --model DIR_OR_HUB_ID --heads DIR_OR_HUB_ID --prompt "Hello" --json
+    python generate.py --tune openings.txt                    # fit the tree to these heads and this machine
 
 steps counts decoding steps. The prefill emits the first token, so tokens_per_step = (new_tokens - 1) / steps, which is
 exactly 1 for plain decoding. seconds is prefill and decoding together, without loading and without printing.
 """
 import json
+import statistics
 import time
 from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from llama import (
     DTYPES,
@@ -27,7 +30,9 @@ from llama import (
     locate,
     number,
     threads,
+    write_json,
 )
+from prepare_data import continuations, openings_of
 from tinymedusa import (
     MedusaHeads,
     Sampling,
@@ -37,19 +42,25 @@ from tinymedusa import (
     check_prompts,
     choice_margin,
     generate,
+    grow_tree,
     load_tree,
+    path_hits,
     set_threads,
     uniforms,
+    walk,
 )
+from train_heads import evaluate
 
+TUNE_NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)       # sizes of tree that --tune compares, the root included
+TUNE_ROUNDS, TUNE_STEPS = 6, 10                            # each is timed that often, for that many steps
 REPEATS = 3     # timed runs of each mode with --compare, in turns; the median is reported
 OPENING = "Once upon a time, there was a little girl named Lily who loved to play in the garden."
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
 
-def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None]:
-    """The heads of --heads, by default those in `medusa/` inside the model's folder, and their tree."""
+def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None, str | None]:
+    """The heads of --heads, by default those in `medusa/` in the model's folder; their tree, and where that is from."""
     folder = args.heads
     if folder is None and (config := locate(args.model, "medusa/config.json", args.revision, required=False)):
         for name in ("medusa/model.safetensors", "medusa/tree.json"):      # from a hub: fetched beside the config
@@ -58,9 +69,11 @@ def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None]:
     if folder in (None, "none"):
         if args.tree is not None:
             raise UserError("--tree needs heads: give --heads FOLDER")
-        return None, None
+        return None, None, None
     heads = MedusaHeads.from_pretrained(folder, model)
-    return heads, load_tree(folder, heads, args.tree)
+    if args.tune:           # --tree says where to write it
+        return heads, None, args.tree or str(Path(folder) / "tree.json")
+    return heads, *load_tree(folder, heads, args.tree)
 
 
 # ------------------------------------------------------------------------------------------------------- generating
@@ -133,6 +146,77 @@ def one_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, ids: list, seed:
         "speedup": round(baseline["seconds"] / result["seconds"], 3), "first_difference": part}
 
 
+# ------------------------------------------------------------------------------------------------------- the best tree
+
+def own_texts(model: Llama, tokenizer: Tokenizer, args) -> list:
+    """The model's continuations of the openings in --tune, as documents of a token file, shortest openings first."""
+    openings = tokenizer.encode_batch(openings_of(args.tune))
+    if len(openings) < 4:
+        raise UserError(f"{args.tune} holds {len(openings)} openings: --tune needs at least 4, better 200, one a line")
+    check_prompts(openings, model.config.max_position_embeddings)
+    write = lambda prompts, seeds: generate(model, prompts, args.max_new_tokens, sampling=sampling(args), seeds=seeds)
+    texts = continuations(dict(enumerate(openings, args.seed)), write, batch_size=64)
+    return list(tqdm(texts, desc="writing texts", total=len(openings)))
+
+
+def step_seconds(model: Llama, heads, trees: list, ids: list, args) -> list[float]:
+    """Seconds of a whole decoding step with each tree (None: plain), in turns, behind the prompt `ids`.
+
+    The lower quartile: what else the machine does only ever adds.
+    """
+    seconds = [[] for _ in trees]
+    for _ in tqdm(range(TUNE_ROUNDS), desc="timing"):
+        for tree, times in zip(trees, seconds, strict=True):
+            steps = generate(model, [ids], 10 * TUNE_STEPS, heads=heads, tree=tree, sampling=sampling(args), eos=(),
+                             max_steps=TUNE_STEPS)
+            next(steps)                                                          # the prefill
+            begin = time.perf_counter()
+            for _ in steps:
+                times.append(time.perf_counter() - begin)
+                begin = time.perf_counter()
+    return [statistics.quantiles(times)[0] for times in seconds]
+
+
+def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads, path: str, args) -> None:
+    """Writes to `path` the tree with the most expected tokens per second here, of many sizes and depths.
+
+    The openings at even places grow the trees (joint hits), those at odd places forecast their tokens per step by a
+    walk; a step's cost is measured (Sequoia, arXiv 2402.12374, sizes trees by cost likewise).
+    """
+    documents = own_texts(model, tokenizer, args)
+    ranks, own = zip(*(evaluate(model, heads, half, 4096, tokenizer.bos)[1:]
+                       for half in (documents[::2], documents[1::2])), strict=True)
+    hits = path_hits(ranks[0])
+    depths = [d for d in (1, 2, 3, 4, 5, 6, 8, 12, 16) if d < heads.num_heads] if heads.kind == "hydra" else []
+    grown = {json.dumps(paths): paths for nodes in TUNE_NODES for deepest in (*depths, heads.num_heads)
+             if (paths := grow_tree(hits, nodes - 1, deepest))}
+    trees = [heads.tree(paths) for paths in grown.values()]
+    longest = max(documents, key=len)
+    plain, *costs = step_seconds(model, heads, [None, *trees], (longest[:len(longest) // 2] // 2).tolist(), args)
+    rows = []
+    for tree, cost in zip(trees, costs, strict=True):
+        per_step = walk(tree, ranks[1], own[1])[0]["tokens_per_step"]
+        rows.append({"nodes": len(tree.paths), "depth": len(tree.paths[-1]), "tokens_per_step": round(per_step, 4),
+                     "step_ms": round(1000 * cost, 4), "tokens_per_second": round(per_step / cost, 1)})
+    best = max(range(len(rows)), key=lambda i: rows[i]["tokens_per_second"])
+    places = sum(rank.shape[1] for rank in ranks[0])
+    write_json(path, {
+        "paths": trees[best].paths[1:], "source": f"--tune: {len(documents)} openings of {Path(args.tune).name}",
+        "sampling": sampling(args)._asdict(), "threads": torch.get_num_threads(), "device": args.device,
+        "hits": [round(hits[tuple(path)] / places, 5) for path in trees[best].paths[1:]], "chosen": rows[best],
+        "plain_step_ms": round(1000 * plain, 4), "candidates": rows})
+    if args.json:
+        print(json.dumps({"tree": path, "plain_tokens_per_second": round(1 / plain, 1), **rows[best]}))
+        return
+    print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}")
+    print(f"{1:>5}{0:>7}{1:>13.3f}{1000 * plain:>10.3f}{1 / plain:>10.1f}   plain decoding")
+    for i, row in enumerate(rows):
+        print("{:>5}{:>7}{:>13.3f}{:>10.3f}{:>10.1f}".format(*row.values()) + "   <- best" * (i == best))
+    print(f"{path}:\n{trees[best].draw()}")
+    if rows[best]["tokens_per_second"] <= 1 / plain:
+        print("plain decoding is faster than any tree here: use --heads none")
+
+
 # ---------------------------------------------------------------------------------------------------------- report
 
 def report(result: dict, heads) -> str:
@@ -143,6 +227,8 @@ def report(result: dict, heads) -> str:
     name, baseline = "medusa" if heads else "plain", result.get("baseline")
     lines = [line("plain", baseline)] if baseline else []
     lines.append(line(name, result))
+    if heads:
+        lines.append(f"tree: {result['tree']}")
     if baseline:
         where = result["first_difference"]
         same = "yes" if result["identical"] else f"NO, they part at {where}"
@@ -176,6 +262,8 @@ def arguments(argv=None):
     parser.add_argument("--top-k", type=number(int, 0), default=0, help="0: no limit")
     parser.add_argument("--top-p", type=number(float, 1e-9, 1), default=1.0)
     parser.add_argument("--seed", type=SEED, default=0, help="prompt i draws from seed + i")
+    parser.add_argument("--tune", metavar="FILE", help="openings, one a line: find the tree that decodes such texts "
+                        "fastest here, write it to --tree (default: tree.json in the heads' folder) and stop")
     parser.add_argument("--tree", metavar="JSON|FILE", help="list of paths of ranks, or an object with 'paths' "
                         "(default: tree.json in the heads' folder, else 15 nodes of the published mc_sim_7b_63)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on the CPU, else the checkpoint's")
@@ -191,13 +279,19 @@ def main():
     args = arguments()
     model = Llama.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device, revision=args.revision)
     tokenizer = Tokenizer(args.model, model.config, args.revision)
-    heads, tree = load_heads(args, model)
+    heads, tree, tree_source = load_heads(args, model)
     set_threads(model, args.threads)
+    if args.tune:
+        if heads is None:
+            raise UserError("--tune needs heads: give --heads FOLDER")
+        return tune(model, tokenizer, heads, tree_source, args)
     prompts = args.prompt or [OPENING]
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     check_prompts(encoded, model.config.max_position_embeddings)
     for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         result = one_prompt(model, tokenizer, prompt, ids, args.seed + index, heads, tree, args)
+        if heads:
+            result["tree"] = f"{len(tree.paths)} nodes, {tree_source}"
         print(json.dumps(result) if args.json else "\n\n" + report(result, heads), flush=True)
 
 

@@ -11,8 +11,8 @@ Heads learn to guess what the *base* will write, so text by the base itself trai
 it continues openings in batches, by the very step that generate.py decodes with.
 A token file is a stream of uint16 or uint32 as in nanoGPT, but an entry is 2 * id + loss: loss 1 where heads should
 learn the token (the text, or what the assistant or the model wrote), 0 where it is a prompt. Documents stand one after
-the other, `bos .. eos`, bos without loss. The JSON beside it holds the tokenizer's hash, the counts and the source; it is written last,
-so a file without it is not whole.
+the other, `bos .. eos`, bos without loss. The JSON beside it holds the tokenizer's hash, the counts and the source; it
+is written last, so a file without it is not whole.
 """
 import hashlib
 import json
@@ -193,6 +193,11 @@ def conversations(path):
             yield rounds
 
 
+def openings_of(path) -> list[str]:
+    """The lines of a file, stripped, each once."""
+    return list(dict.fromkeys(line.strip() for line in read_lines(path) if line.strip()))
+
+
 def opening(text: str) -> str:
     """The first sentence of a text (up to 200 characters of it), to be continued."""
     return re.match(r".+?[.!?][\"']?(?=\s|$)|.*", text)[0][:200]
@@ -330,7 +335,7 @@ def source_items(args):
     if args.sharegpt:
         items = conversations(args.sharegpt)
     elif args.openings:
-        items = (line.strip() for line in read_lines(args.openings) if line.strip())
+        items = openings_of(args.openings)
     elif args.tinystories:
         items = texts(locate(args.tinystories, TINYSTORIES[args.split or "train"], repo_type="dataset"), args.separator)
     else:
@@ -346,7 +351,7 @@ def source_items(args):
 def distilled(args, items, config, tokenizer: Tokenizer):
     """The model's own text for the items of this process, and how many they are."""
     talks = bool(args.sharegpt or args.first_words)
-    items = list(items) if talks else list(dict.fromkeys(opening(t) if not args.openings else t for t in items))
+    items = list(items) if talks or args.openings else list(dict.fromkeys(map(opening, items)))
     rank, world = shard()
     items = {args.seed + i: item for i, item in enumerate(items) if i % world == rank}
     if not items:
@@ -354,7 +359,7 @@ def distilled(args, items, config, tokenizer: Tokenizer):
     model = Llama.from_pretrained(args.model, device=args.device)
     set_threads(model, rows=args.batch_size)
     heads = args.heads and MedusaHeads.from_pretrained(args.heads, model)
-    tree = heads and load_tree(args.heads, heads)
+    tree = heads and load_tree(args.heads, heads)[0]
 
     def write(prompts, seeds):
         return generate(model, prompts, args.max_new_tokens, heads=heads, tree=tree, seeds=seeds,

@@ -367,11 +367,13 @@ def read_tree(text) -> list:
     return tree["paths"] if isinstance(tree, dict) else tree
 
 
-def load_tree(folder, heads: MedusaHeads, given=None) -> Tree:
-    """The tree of some heads: the one given (JSON or a file), else `tree.json` in their folder, else the published."""
-    tree = given if given is not None else locate(folder, "tree.json", required=False)
-    paths = published_tree(heads.num_heads) if tree is None else read_tree(tree)
-    return heads.tree(paths)
+def load_tree(folder, heads: MedusaHeads, given=None) -> tuple[Tree, str]:
+    """The tree of some heads and where it is from: the one given (JSON or a file), else `tree.json` in their folder,
+    else the published one."""
+    source = given if given is not None else locate(folder, "tree.json", required=False)
+    if source is None:
+        return heads.tree(published_tree(heads.num_heads)), "mc_sim_7b_63, published"
+    return heads.tree(read_tree(source)), str(source)
 
 
 # --------------------------------------------------------------------------------------------------- choosing a token

@@ -149,7 +149,7 @@ def head_results(heads: MedusaHeads, batch: Batch, hidden: Tensor, distill: bool
 def base_results(model: Llama, hidden: Tensor, batch: Batch, original=None):
     """hidden [B T, H] → chunk by chunk the summed loss of the base's own guesses of `batch.next`.
 
-    original: the (lm_head, hidden) of the base as it was → KL(original ‖ now); None → cross entropy with the text.
+    original: the (lm_head, hidden) of the base as it was → KL(original || now); None: cross entropy with the text.
     """
     places = (batch.next != IGNORE).nonzero()[:, 0]
     for at in places.split(max(1, LOGITS // model.config.vocab_size)):
@@ -166,14 +166,14 @@ def base_results(model: Llama, hidden: Tensor, batch: Batch, original=None):
 # ------------------------------------------------------------------------------------------------- what heads are worth
 
 @torch.no_grad()
-def evaluate(model: Llama, heads: MedusaHeads, documents: list, args, bos: list) -> tuple[dict, list, list]:
+def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: int, bos: list):
     """(figures, ranks, own) on some documents; ranks and own: for each document, see `tinymedusa.walk`.
 
     head_loss: mean cross entropy of each head's drafted tokens, nats. top: for each head, the share of the tokens to
     learn that are among its first 1, 2, .. 10 guesses. base_loss: the base's mean cross entropy, nats a token.
     """
     ranks, owns, losses, base_loss, tokens, labels = [], [], 0.0, 0.0, 0, 0
-    for rows in tqdm(length_batches(documents, args.batch_tokens, 0), desc="evaluating", disable=shard()[0] > 0):
+    for rows in tqdm(length_batches(documents, batch_tokens, 0), desc="evaluating", disable=shard()[0] > 0):
         batch = to_device(make_batch(rows, heads.num_heads, bos), model)
         hidden = model(batch.ids).flatten(0, 1)
         base_loss += sum(float(loss) for loss in base_results(model, hidden, batch))
@@ -476,8 +476,8 @@ def main():
     out = {"out": str(args.out)}
     if args.eval:
         heads = MedusaHeads.from_pretrained(args.out, model)
-        tree = load_tree(args.out, heads)
-        figures, ranks, own = evaluate(model, heads, held_out, args, tokenizer.bos)
+        tree, _ = load_tree(args.out, heads)
+        figures, ranks, own = evaluate(model, heads, held_out, args.batch_tokens, tokenizer.bos)
     else:
         documents = [d for i, d in enumerate(documents) if i % HELD_OUT]
         documents = cut([np.concatenate(documents)] if args.pack and documents else documents, context)
@@ -487,12 +487,12 @@ def main():
         token_map = args.draft_vocab and most_frequent(documents, args.draft_vocab, model.config.vocab_size)
         heads = MedusaHeads.untrained(model, args.num_heads, num_layers=args.num_layers, width=args.width,
                                       tie_lm_head=args.tie_lm_head, kind=args.kind, token_map=token_map)
-        before = args.medusa_2 and evaluate(model, heads, held_out, args, tokenizer.bos)[0]["base_loss"]
+        before = args.medusa_2 and evaluate(model, heads, held_out, args.batch_tokens, tokenizer.bos)[0]["base_loss"]
         train(model, heads, documents, args, tokenizer.bos)
         if rank > 0:
             return
         folder = save(args, model, heads)
-        figures, ranks, own = evaluate(model, heads, held_out, args, tokenizer.bos)
+        figures, ranks, own = evaluate(model, heads, held_out, args.batch_tokens, tokenizer.bos)
         paths = grow_tree(path_hits(ranks), args.tree_nodes)
         write_json(folder / "tree.json", {"paths": paths, "source": f"joint hits at {sum(map(len, own))} held-out "
                                           "places of the heads' own data"})

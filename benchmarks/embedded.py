@@ -21,7 +21,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from llama import Llama, Tokenizer, command_line, threads  # noqa: E402
-from prepare_data import texts_between, tokenised  # noqa: E402
+from prepare_data import texts, tokenised  # noqa: E402
 from tinymedusa import (  # noqa: E402
     MedusaHeads,
     Sampling,
@@ -37,15 +37,15 @@ from tinymedusa import (  # noqa: E402
 @torch.no_grad()
 def held_out_loss(model, tokenizer, path) -> dict:
     """Mean nats of a token (eos counts, bos is given) and bits per byte of the texts (their separators not counted)."""
-    texts = list(texts_between(path, "<|endoftext|>"))
+    stories = list(texts(path, "<|endoftext|>"))
     nats, tokens = 0.0, 0
-    for ids in tqdm(tokenised(iter(texts), tokenizer), total=len(texts), desc="held-out loss"):
-        ids = torch.tensor(ids)
+    for document in tqdm(tokenised(iter(stories), tokenizer), total=len(stories), desc="held-out loss"):
+        ids = torch.from_numpy(document.astype("int64") // 2)
         log_probs = model.lm_head(model(ids[None, :-1])[0]).log_softmax(-1)
         nats -= log_probs.gather(1, ids[1:, None]).sum().item()
         tokens += len(ids) - 1
-    size = sum(len(t.encode()) for t in texts)
-    return {"stories": len(texts), "tokens": tokens, "nats_per_token": nats / tokens,
+    size = sum(len(t.encode()) for t in stories)
+    return {"stories": len(stories), "tokens": tokens, "nats_per_token": nats / tokens,
             "bits_per_byte": nats / math.log(2) / size, "bytes_per_token": size / tokens}
 
 
@@ -82,11 +82,12 @@ def main():
     folder = Path(args.heads or Path(args.model) / "medusa")
     heads = MedusaHeads.from_pretrained(folder, model)
     published = json.dumps(published_tree(heads.num_heads, args.published)) if args.published else None
-    tree = load_tree(folder, heads, published)
+    tree, tree_source = load_tree(folder, heads, published)
     tokenizer = Tokenizer(args.model, model.config)
     set_threads(model, args.threads)
     print(f"{torch.get_num_threads()} thread(s), temperature {args.temperature}, {args.max_new_tokens} new tokens or "
-          f"to the end of the story, tree of {len(tree.paths)} nodes (root included)")
+          f"to the end of the story, {heads.kind} heads, {heads.size()} parameters, tree of "
+          f"{len(tree.paths)} nodes (root included), {tree_source}")
     if args.valid:
         print(" ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
                        for k, v in held_out_loss(model, tokenizer, args.valid).items()))

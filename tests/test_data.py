@@ -41,7 +41,8 @@ def test_text_to_tokens_and_back(tmp_path, tokenizer):
     assert list(texts(tmp_path / "s.jsonl", "-")) == stories
     facts = write_tokens(tmp_path / "s.bin", tokenised(iter(stories), tokenizer), tokenizer, 300, {"text": "s"})
     documents = read_tokens(tmp_path / "s.bin", tokenizer)
-    assert [tokenizer.decode(d // 2) for d in documents] == stories and all((d % 2).sum() == len(d) - 1 for d in documents)
+    assert [tokenizer.decode(d // 2) for d in documents] == stories
+    assert all((d % 2).sum() == len(d) - 1 for d in documents)
     assert all(d[0] // 2 == 1 and d[-1] // 2 == 2 and 1 not in d[1:] // 2 for d in documents)
     assert facts == json.loads((tmp_path / "s.bin.json").read_text()) and facts["dtype"] == "uint16"
     assert facts["documents"] == 3 and facts["tokens"] == sum(map(len, documents)) and facts["source"] == {"text": "s"}
@@ -62,7 +63,7 @@ def test_a_text_without_separators_comes_in_pieces(tmp_path, monkeypatch):
 def test_special_tokens_in_a_text_are_text(tmp_path, tokenizer, cli, tiny_folder):
     """HTML's <s> must not begin a document, nor </s> end one."""
     (tmp_path / "s.txt").write_text("a <s> b </s> c\n<|endoftext|>\nd")
-    assert cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out", tmp_path / "s.bin")[0] == 0
+    cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out", tmp_path / "s.bin")
     documents = read_tokens(tmp_path / "s.bin", Tokenizer(tiny_folder, LlamaConfig(vocab_size=300)))
     assert [tokenizer.decode(d // 2) for d in documents] == ["a <s> b </s> c", "d"]
 
@@ -70,7 +71,7 @@ def test_special_tokens_in_a_text_are_text(tmp_path, tokenizer, cli, tiny_folder
 # --------------------------------------------------------------------------------------------------- conversations
 
 def test_conversations(tokenizer):
-    """The sample has: a leading gpt turn, an unanswered question at the end, turns out of order, one without a round."""
+    """In the sample: a leading gpt turn, an unanswered question at the end, turns out of order, one without a round."""
     talks = list(conversations(SAMPLE))
     assert [len(rounds) for rounds in talks] == [1, 2, 1, 1] and talks[0] == [["Who are you?", "A small model."]]
     assert talks[1][1] == ["And of four?", "Sixteen."] and talks[2][0][0] == "Is a cat a dog?"
@@ -200,14 +201,15 @@ def test_self_distilled_text_is_what_each_opening_gives_alone(temperature, medus
     alone = []
     for seed, o in openings.items():
         new = [t for s in generate(model, [o], 30, sampling=Sampling(temperature), seeds=[seed]) for t in s[0]]
-        alone.append([2 * t for t in o] + [2 * t + 1 for t in new])              # only what the model wrote carries loss
+        alone.append([2 * t for t in o] + [2 * t + 1 for t in new])              # what the model wrote carries loss
     assert sorted(d.tolist() for d in documents) == sorted(alone)
 
 
 def test_conversations_answered_anew(tokenizer):
     """Slow definition: one conversation at a time, each question behind the model's own earlier answers."""
     model = tiny_llama(vocab_size=300, max_position_embeddings=700)
-    talks = {3: [["hi", "x"], ["and now?", "y"]], 4: [["a longer question", "z"]], 9: [["q", "x"], ["r", "x"], ["s", "x"]]}
+    talks = {3: [["hi", "x"], ["and now?", "y"]], 4: [["a longer question", "z"]],
+             9: [["q", "x"], ["r", "x"], ["s", "x"]]}
     documents = list(answered_anew(talks, tokenizer, writer(model, 1.0, limit=200), 2, 700))
     expected = []
     for seed, rounds in talks.items():

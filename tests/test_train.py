@@ -1,4 +1,4 @@
-"""Training: labels, loss and ranks against slow definitions, exact resume, several processes, what is left untouched."""
+"""Training: labels, loss, ranks and walk against slow definitions, exact resume, several processes, the commands."""
 import itertools
 import json
 import math
@@ -171,7 +171,7 @@ def test_a_tiny_corpus_learned_by_heart(kind, rows, tmp_path):
     assert len({tuple(d[-20:]) for d in documents}) > rows / 2                   # not one cycle for all
     args = options(tmp_path, "--epochs", 300, "--lr", 1e-2, "--warmup", 20, "--batch-tokens", 1000)
     train(model, heads, documents, args, [1])
-    figures, ranks, own = evaluate(model, heads, documents, args, [1])
+    figures, ranks, own = evaluate(model, heads, documents, args.batch_tokens, [1])
     assert min(top[0] for top in figures["top"]) > 0.95
     for paths in ([[0], [0, 0], [0, 0, 0]], [[0], [1], [1, 0]]):
         tree = heads.tree(paths)
@@ -236,7 +236,7 @@ def test_the_walk_against_its_definition():
     assert found["depth_reach"][1] == pytest.approx(sum(reached.get((r,), 0) for r in (0, 1)) / steps)
 
 
-# ---------------------------------------------------------------------------------------------- schedule, batches, resume
+# -------------------------------------------------------------------------------------------- schedule, batches, resume
 
 def test_schedule_and_batches():
     rates = [learning_rate(s, 100, 10, "cosine") for s in range(100)]
@@ -274,7 +274,8 @@ def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, more, monkey
     assert all(torch.equal(whole.names()[n], resumed.names()[n]) for n in whole.names())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     read = lambda name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-    assert [{**m, "tokens_per_second": 0} for m in read("cut")] == [{**m, "tokens_per_second": 0} for m in read("whole")]
+    untimed = lambda name: [{**m, "tokens_per_second": 0} for m in read(name)]
+    assert untimed("cut") == untimed("whole")
     assert [m["step"] for m in read("cut")] == [2, 4, 6, 8, 10, 12]
     assert set(read("cut")[0]) == {"step", "loss", "head_loss", "top1", "top5", "lr", "tokens_per_second"}
 
@@ -314,9 +315,9 @@ def test_medusa_2_trains_base_and_heads_and_saves_a_whole_model(tiny_folder, tmp
     stories = [f"the dog {'was happy ' * (5 + i % 3)}" for i in range(60)]
     (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(stories))
     cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out", tmp_path / "s.bin")
-    status, out, err = cli("train_heads", "--model", tiny_folder, "--data", tmp_path / "s.bin", "--out", tmp_path / "m2",
-                           "--medusa-2", "--num-heads", 2, "--epochs", 6, "--base-lr", 1e-3, "--draft-vocab", 40,
-                           "--tie-lm-head", "--width", 16, "--json")
+    status, out, err = cli("train_heads", "--model", tiny_folder, "--data", tmp_path / "s.bin", "--out",
+                           tmp_path / "m2", "--medusa-2", "--num-heads", 2, "--epochs", 6, "--base-lr", 1e-3,
+                           "--draft-vocab", 40, "--tie-lm-head", "--width", 16, "--json")
     assert status == 0, err
     result = json.loads(out)
     assert result["base_loss_before"] != result["base_loss"]
@@ -332,7 +333,8 @@ def test_medusa_2s_first_half_leaves_the_base_alone_and_the_kl_holds_it(tmp_path
     model, _ = trained(tmp_path, texts(), "--medusa-2", "--epochs", 1, "--base-lr", 1e-3)        # 2 steps: 1 joint
     assert not torch.equal(model.layers[0].mlp.up_proj.weight, tiny_llama().layers[0].mlp.up_proj.weight)
     base, batch, hidden = tiny_llama(), make_batch(texts(1), 2, [1]), torch.randn(21, 32, dtype=torch.float64)
-    kl = lambda before: sum(float(loss) for loss in train_heads.base_results(base, hidden, batch, (base.lm_head, before)))
+    kl = lambda before: sum(
+        loss.item() for loss in train_heads.base_results(base, hidden, batch, (base.lm_head, before)))
     p, q = (base.lm_head(h).log_softmax(-1)[:20] for h in (2 * hidden, hidden))
     assert kl(2 * hidden) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4) and abs(kl(hidden)) < 1e-4
 
@@ -345,8 +347,8 @@ def test_the_command(kind, tiny_folder, tmp_path, cli):
                tmp_path / "s.bin")[0] == 0
     run = lambda *more: cli("train_heads", "--model", tiny_folder, "--data", tmp_path / "s.bin", "--out",
                             tmp_path / "h", *more)
-    status, out, err = run("--num-heads", 2, "--tie-lm-head", "--width", 16, "--epochs", 40, "--lr", 0.02, "--kind", kind,
-                           "--draft-vocab", 100, "--json")
+    status, out, err = run("--num-heads", 2, "--tie-lm-head", "--width", 16, "--epochs", 40, "--lr", 0.02, "--kind",
+                           kind, "--draft-vocab", 100, "--json")
     assert status == 0 and "training heads: 100%" in err
     result = json.loads(out)
     columns = {"medusa": 32 + 32, "root": 64 + 64, "hydra": 64 + 96}[kind]
