@@ -198,9 +198,9 @@ def openings_of(path) -> list[str]:
     return list(dict.fromkeys(line.strip() for line in read_lines(path) if line.strip()))
 
 
-def opening(text: str) -> str:
-    """The first sentence of a text (up to 200 characters of it), to be continued."""
-    return re.match(r".+?[.!?][\"']?(?=\s|$)|.*", text)[0][:200]
+def opening(text: str, sentences: int) -> str:
+    """The first sentences of a text (of its first line, up to 200 characters each), to be continued."""
+    return re.match(rf"(.+?[.!?][\"']?(?=\s|$) *){{1,{sentences}}}|.*", text)[0].strip()[:200 * sentences]
 
 
 def shard() -> tuple[int, int]:
@@ -321,6 +321,7 @@ def arguments(argv=None):
                         "set: its first words are the human turn, the whole text the answer")
     parser.add_argument("--distill", action="store_true", help="the model itself continues the texts' first sentences, "
                         "or answers the conversations' questions")
+    parser.add_argument("--sentences", type=number(int, 1), default=1, help="of a text are continued with --distill")
     parser.add_argument("--heads", help="Medusa heads to write with (default: plain, faster for a batch on a CPU)")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=400, help="of a continuation or an answer")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0)
@@ -351,7 +352,7 @@ def source_items(args):
 def distilled(args, items, config, tokenizer: Tokenizer):
     """The model's own text for the items of this process, and how many they are."""
     talks = bool(args.sharegpt or args.first_words)
-    items = list(items) if talks or args.openings else list(dict.fromkeys(map(opening, items)))
+    items = list(items) if talks or args.openings else list(dict.fromkeys(opening(t, args.sentences) for t in items))
     rank, world = shard()
     items = {args.seed + i: item for i, item in enumerate(items) if i % world == rank}
     if not items:

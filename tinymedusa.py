@@ -2,17 +2,17 @@
 
 Plain decoding, Medusa, batches and sampling are one function of tensors, `step`:
 
-    state (cache, length[B], token[B], hidden[B, H], ...)            token: emitted, not yet in the cache
-      draft    heads(hidden) → top ranks → ids[B, N], ids[:, 0] = token                             "medusa"
+    state (cache, length[B], token[B], recent[B, R, H], ...)         token: emitted, not yet in the cache
+      draft    heads(recent) → top ranks → ids[B, N], ids[:, 0] = token                             "medusa"
       verify   one forward over all nodes of the tree → hidden[B, N, H], logits[B, N, V]            "tree"
       accept   choose a token at every node, walk while it matches a child → path, out, count       "posterior"
-      commit   keep the path's keys and values; token and hidden of its last node                   "update"
+      commit   keep the path's keys and values; token and hidden states of its end                  "update"
 
 Plain decoding is `step` with `Tree.root()` and no heads. Since a node's token is kept only where it equals what the
 base itself chose there, the output is plain decoding's, token for token, at any temperature (see `choose`).
 
-Shape letters: B rows, N nodes of the tree (root included), P path length (tree depth + 1), K heads, R ranks per head,
-               T tokens, W window of the cache, H hidden, V vocabulary
+Shape letters: B rows, N nodes of the tree (root included), P path length (tree depth + 1), K heads, R hidden states a
+               head sees, T tokens, W window of the cache, H hidden, V vocabulary, D draft vocabulary
 """
 import itertools
 import json
@@ -198,12 +198,11 @@ KINDS = ("medusa", "root", "hydra")     # what a head sees beside the hidden sta
 class ResidualBlock(nn.Module):
     """x + SiLU(W z + b), or wide: x + D SiLU(U z + b) with U [width, ..], D [H, width]; K heads at once.
 
-    z is x and, in the first block of heads that see tokens, their embeddings behind it. Starts as the identity (W, b
-    and D zero), so that an untrained head repeats the base.
+    z [inputs] is x, and in the first block all that the head sees. Starts as the identity (W, b and D zero), so that an
+    untrained head repeats the base.
     """
-    def __init__(self, num_heads: int, hidden_size: int, width: int | None, seen: int):
+    def __init__(self, num_heads: int, hidden_size: int, width: int | None, inputs: int):
         super().__init__()
-        inputs = hidden_size * (1 + seen)
         if width is None:
             self.linear_weight = nn.Parameter(torch.zeros(num_heads, hidden_size, inputs))
             self.linear_bias = nn.Parameter(torch.zeros(num_heads, hidden_size))
@@ -214,7 +213,7 @@ class ResidualBlock(nn.Module):
             nn.init.normal_(self.up_weight, std=hidden_size ** -0.5)
 
     def forward(self, x: Tensor, z: Tensor, first: int) -> Tensor:
-        """x [k, T, H], z [k, T, H (1 + n)] for k heads from the one with index `first` on → [k, T, H]."""
+        """x [k, T, H], z [k, T, inputs or fewer] for k heads from the one with index `first` on → [k, T, H]."""
         heads, wide = slice(first, first + len(x)), hasattr(self, "up_weight")
         weight, bias = (self.up_weight, self.up_bias) if wide else (self.linear_weight, self.linear_bias)
         y = F.silu(torch.baddbmm(bias[heads, None], z, weight[heads, :, :z.shape[-1]].transpose(1, 2)))
@@ -229,18 +228,21 @@ class MedusaHeads(nn.Module):
     `kind` says what a head sees beside the hidden state: "medusa" nothing; "root" the token that the base has chosen
     already, the root of the tree; "hydra" all tokens between the hidden state and its guess, k of them (Hydra,
     arXiv 2402.05109), so it drafts depth by depth. Tokens are seen as the base's embeddings, scaled to RMS 1.
+    `recent`: it sees the hidden states of so many last positions (the paper: 1), zeros in front of the text.
     `token_map` [D]: the ids that the heads may draft, None for all V. Verification sees every id, so it stays exact.
     Parameters are stacked over the heads; on disk they have the official names `{k}.{j}.linear.weight`, ... (`names`).
     """
     def __init__(self, model: Llama, num_heads: int, num_layers: int = 1, tie_lm_head: bool = False,
-                 width: int | None = None, kind: str = "medusa", token_map: Tensor | None = None):
+                 width: int | None = None, kind: str = "medusa", recent: int = 1, token_map: Tensor | None = None):
         super().__init__()
         self.num_heads, self.num_layers, self.tie_lm_head, self.width = num_heads, num_layers, tie_lm_head, width
-        self.kind, self.hidden_size, self.vocab_size = kind, model.config.hidden_size, model.config.vocab_size
+        self.kind, self.recent = kind, recent
+        self.hidden_size, self.vocab_size = model.config.hidden_size, model.config.vocab_size
         self.register_buffer("token_map", token_map)
         self.draft_size = self.vocab_size if token_map is None else len(token_map)
-        self.blocks = nn.ModuleList(ResidualBlock(num_heads, self.hidden_size, width, 0 if j else self.seen(num_heads))
-                                    for j in range(num_layers))
+        self.blocks = nn.ModuleList(
+            ResidualBlock(num_heads, self.hidden_size, width, self.hidden_size if j else self.inputs(num_heads))
+            for j in range(num_layers))
         self.vocabulary = None if tie_lm_head else \
             nn.Parameter(torch.empty(num_heads, self.draft_size, self.hidden_size))
         self.to(model.lm_head.weight.device)
@@ -263,28 +265,33 @@ class MedusaHeads(nn.Module):
         """How many tokens behind the hidden state head k sees."""
         return {"medusa": 0, "root": 1, "hydra": k}[self.kind]
 
-    def forward(self, hidden: Tensor, tokens: Tensor, first: int, last: int) -> Tensor:
+    def inputs(self, k: int) -> int:
+        """Numbers that head k sees: hidden states, then embeddings."""
+        return self.hidden_size * (self.recent + self.seen(k))
+
+    def forward(self, recent: Tensor, tokens: Tensor, first: int, last: int) -> Tensor:
         """The heads `first + 1` to `last`, as many as may run at once: logits [last - first, T, D].
 
-        hidden [T, H] of the base in the heads' dtype; tokens [T, n]: the ids that follow, at least those seen.
+        recent [T, R, H] of the base in the heads' dtype, newest last; tokens [T, n]: the ids that follow, at least
+        those seen.
         """
         embeddings, lm_head = self.borrowed
-        z = hidden
+        z = recent.flatten(1)
         if seen := self.seen(last):
             embedded = F.rms_norm(F.embedding(tokens[:, :seen], embeddings), (self.hidden_size,), eps=1e-6)
-            z = torch.cat((hidden, embedded.flatten(1).to(hidden.dtype)), 1)                        # [T, H (1 + n)]
-        x, z = (t.expand(last - first, *t.shape) for t in (hidden, z))
+            z = torch.cat((z, embedded.flatten(1).to(z.dtype)), 1)                                  # [T, inputs]
+        x, z = (t.expand(last - first, *t.shape) for t in (recent[:, -1], z))
         for block in self.blocks:
             x = z = block(x, z, first)
         if self.vocabulary is None:
             return F.linear(x, lm_head.to(x.dtype))
         return torch.bmm(x, self.vocabulary[first:last].transpose(1, 2))
 
-    def all_logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Every head on the true tokens, as in training: hidden [T, H], tokens [T, K] → [K, T, D]."""
+    def all_logits(self, recent: Tensor, tokens: Tensor) -> Tensor:
+        """Every head on the true tokens, as in training: recent [T, R, H], tokens [T, K] → [K, T, D]."""
         if self.kind != "hydra":
-            return self(hidden, tokens, 0, self.num_heads)
-        return torch.cat([self(hidden, tokens, k, k + 1) for k in range(self.num_heads)])
+            return self(recent, tokens, 0, self.num_heads)
+        return torch.cat([self(recent, tokens, k, k + 1) for k in range(self.num_heads)])
 
     def tree(self, paths) -> Tree:
         """The tree of some paths for these heads. UserError: see `Tree.from_paths`."""
@@ -296,7 +303,7 @@ class MedusaHeads(nn.Module):
                  for j, block in enumerate(self.blocks) for name, p in block.named_parameters()}
         for k in range(self.num_heads):         # of a Hydra head's first matrix only the columns that it uses
             first = f"{k}.0.{'up' if self.width else 'linear'}.weight"
-            named[first] = named[first][:, :self.hidden_size * (1 + self.seen(k + 1))]
+            named[first] = named[first][:, :self.inputs(k + 1)]
         if self.vocabulary is not None:
             named |= {f"{k}.{self.num_layers}.weight": self.vocabulary[k] for k in range(self.num_heads)}
         return named if self.token_map is None else named | {"token_map": self.token_map}
@@ -312,7 +319,8 @@ class MedusaHeads(nn.Module):
         write_json(Path(folder) / "config.json", {
             "base_model_name_or_path": base_model, "medusa_num_heads": self.num_heads,
             "medusa_num_layers": self.num_layers, "tie_lm_head": self.tie_lm_head, "medusa_width": self.width,
-            "medusa_kind": self.kind, "hidden_size": self.hidden_size, "vocab_size": self.vocab_size,
+            "medusa_kind": self.kind, "medusa_recent": self.recent,
+            "hidden_size": self.hidden_size, "vocab_size": self.vocab_size,
             "draft_vocab_size": None if self.token_map is None else self.draft_size})
 
     @classmethod
@@ -325,6 +333,7 @@ class MedusaHeads(nn.Module):
                 ("tie_lm_head", lambda v: v in (None, True, False), "true or false"),
                 ("medusa_width", lambda v: v is None or whole(v), "a whole number or null"),
                 ("medusa_kind", lambda v: v in (None, *KINDS), f"one of {', '.join(KINDS)}"),
+                ("medusa_recent", lambda v: v is None or whole(v), "a whole number"),
                 ("draft_vocab_size", lambda v: v is None or whole(v) and v <= vocab_size, "at most the vocabulary")):
             if not fits(config.get(key)):
                 raise UserError(f"{name_or_path}: not Medusa heads, config.json has {key} {config.get(key)!r}, "
@@ -335,7 +344,7 @@ class MedusaHeads(nn.Module):
                                 f"{getattr(model.config, key)}: train heads for this model or pass --heads none")
         size = config.get("draft_vocab_size")
         heads = cls(model, config["medusa_num_heads"], config["medusa_num_layers"], bool(config.get("tie_lm_head")),
-                    config.get("medusa_width"), config.get("medusa_kind") or "medusa",
+                    config.get("medusa_width"), config.get("medusa_kind") or "medusa", config.get("medusa_recent") or 1,
                     None if size is None else torch.arange(size)).to(model.lm_head.weight.dtype)
         named, what = heads.names(), f"heads {name_or_path}"
         handles = open_tensors([locate(name_or_path, "model.safetensors", revision)], what)
@@ -454,7 +463,7 @@ class State(NamedTuple):
     cache: Tensor      # [L, 2, B, S, G, D], the one tensor written in place
     length: Tensor     # [B] committed slots of the cache
     token: Tensor      # [B] emitted, not yet in the cache: the root of the next tree
-    hidden: Tensor     # [B, H] the hidden state that chose `token`
+    recent: Tensor     # [B, R, H] the newest hidden states; the last one chose `token`
     emitted: Tensor    # [B] new tokens so far
     remaining: Tensor  # [B] new tokens that may still follow; 0: the row is finished
     uniform: Tensor    # [B, ...] float64, one a position
@@ -468,13 +477,13 @@ def call(name, function, *args):
 def draft(heads: MedusaHeads | None, tree: Tree, state: State) -> Tensor:
     """The candidates: ids [B, N], the root's and what each call of the heads adds (Hydra: one a depth).
 
-    The heads read the hidden state that chose the root, and the ids on the way to the nodes they are read at.
+    The heads read the hidden states up to the one that chose the root, and the ids on the way to where they are read.
     """
     ids = state.token[:, None]
     for level in tree.levels:
         rows, places = len(ids), len(level.at)
-        hidden = state.hidden[:, None].expand(-1, places, -1).flatten(0, 1)                         # [B M, H]
-        logits = heads(hidden, ids[:, level.at].flatten(0, 1), level.first, level.last)             # [k, B M, D]
+        recent = state.recent[:, None].expand(-1, places, -1, -1).flatten(0, 1)                     # [B M, R, H]
+        logits = heads(recent, ids[:, level.at].flatten(0, 1), level.first, level.last)             # [k, B M, D]
         top = logits.topk(level.ranks).indices.unflatten(1, (rows, places))                         # [k, B, M, ranks]
         new = top[level.head, :, level.slot, level.rank].t()                                        # [B, n]
         ids = torch.cat((ids, new if heads.token_map is None else heads.token_map[new]), 1)
@@ -514,6 +523,12 @@ def accept(tree: Tree, ids: Tensor, logits: Tensor, state: State, sampling: Samp
     return path, out, count
 
 
+def latest(recent: Tensor, hidden: Tensor, count: Tensor) -> Tensor:
+    """The newest R hidden states when the first count [B] of hidden [B, T, H] follow recent [B, R, H]: [B, R, H]."""
+    index = count[:, None] + torch.arange(recent.shape[1], device=count.device)                     # [B, R]
+    return torch.cat((recent, hidden), 1).gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
 def commit(state: State, hidden: Tensor, path: Tensor, out: Tensor, count: Tensor, eos: Tensor) -> State:
     """Keeps the cache rows of the path and moves on by `count` tokens; count 0 leaves a row as it was.
 
@@ -522,11 +537,10 @@ def commit(state: State, hidden: Tensor, path: Tensor, out: Tensor, count: Tenso
     keep_rows(state.cache, state.length, path)
     moved, at = count > 0, (count - 1).clamp(min=0)[:, None]
     token = torch.where(moved, out.gather(1, at)[:, 0], state.token)
-    rows = torch.arange(len(count), device=count.device)
-    last = torch.where(moved[:, None], hidden[rows, path.gather(1, at)[:, 0]], state.hidden)
+    along = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))                      # [B, P, H]
     remaining = torch.where(moved & torch.isin(token, eos), 0, state.remaining - count)
-    return state._replace(length=state.length + count, token=token, hidden=last, emitted=state.emitted + count,
-                          remaining=remaining)
+    return state._replace(length=state.length + count, token=token, recent=latest(state.recent, along, count),
+                          emitted=state.emitted + count, remaining=remaining)
 
 
 def step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, window: int, sampling: Sampling,
@@ -548,39 +562,39 @@ def bucket(slots: int, cache: Tensor) -> int:
     return min(max(64, 1 << (slots - 1).bit_length()), cache.shape[3])
 
 
-def prefill(model: Llama, prompts: list, cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Fills the cache with the prompts (chains of nodes), chunk by chunk → length [B], last token's hidden [B, H]."""
+def prefill(model: Llama, prompts: list, cache: Tensor, recent: int = 1) -> tuple[Tensor, Tensor]:
+    """Fills the cache with the prompts (chains of nodes), chunk by chunk → length [B], the last hidden [B, R, H]."""
     device, longest = cache.device, max(map(len, prompts))
     ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)              # [B, T]
     total = torch.tensor([len(p) for p in prompts], device=device)
     length = torch.zeros_like(total)
-    last = cache.new_zeros(len(prompts), model.config.hidden_size)
+    last = cache.new_zeros(len(prompts), recent, model.config.hidden_size)
     for begin in range(0, longest, PREFILL_CHUNK):
         chunk = ids[:, begin:begin + PREFILL_CHUNK]
         depth = torch.arange(chunk.shape[1], device=device)
         hidden = feed(model, chunk, depth, depth[:, None] >= depth, cache, length,
                       bucket(begin + chunk.shape[1], cache))
         new = (total - begin).clamp(0, chunk.shape[1])
-        here = hidden[torch.arange(len(prompts), device=device), (new - 1).clamp(min=0)]
-        last, length = torch.where((new > 0)[:, None], here, last), length + new
+        last, length = latest(last, hidden, new), length + new
     return length, last
 
 
 def start(model: Llama, prompts: list, max_new_tokens: int, nodes: int, path: int, sampling: Sampling, eos: Tensor,
-          seeds) -> tuple[State, Tensor, Tensor]:
+          seeds, recent: int = 1) -> tuple[State, Tensor, Tensor]:
     """The stage `init`: prefill, then the first token, by the same accept and commit as every other one."""
     context, device = model.config.max_position_embeddings, model.lm_head.weight.device
     longest, max_new_tokens = max(map(len, prompts)), min(max_new_tokens, context)
     slots = min(longest + max_new_tokens, context) + max(nodes, min(longest, PREFILL_CHUNK))
     cache = new_cache(model.config, len(prompts), slots, like=model.lm_head.weight)
-    length, hidden = prefill(model, prompts, cache)
+    length, last = prefill(model, prompts, cache, recent)
     remaining = torch.tensor([min(max_new_tokens, context - len(p)) for p in prompts], device=device)
     uniform = uniforms(seeds, max_new_tokens + path if sampling.temperature else 1).to(device)
     root, token = Tree.root().to(device), torch.tensor([p[-1] for p in prompts], device=device)
     # as if the prompt's last token were the root of a tree of one node, already verified
-    state = State(cache, length - 1, token, hidden, torch.zeros_like(length), remaining, uniform)
-    chosen, out, count = accept(root, token[:, None], model.lm_head(hidden)[:, None], state, sampling, eos)
-    return commit(state, hidden[:, None], chosen, out, count, eos), out, count
+    state = State(cache, length - 1, token, last.roll(1, 1), torch.zeros_like(length), remaining, uniform)
+    hidden = last[:, -1:]
+    chosen, out, count = accept(root, token[:, None], model.lm_head(hidden), state, sampling, eos)
+    return commit(state, hidden, chosen, out, count, eos), out, count
 
 
 def check_prompts(prompts: list, context: int) -> None:
@@ -610,7 +624,7 @@ def generate(model: Llama, prompts: list, max_new_tokens: int, *, heads: MedusaH
     eos = torch.tensor(model.config.eos_token_ids if eos is None else tuple(eos), dtype=torch.long, device=device)
     nodes, path = tree.path.shape
     state, out, count = run("init", start, model, prompts, max_new_tokens, nodes, path, sampling, eos,
-                            range(len(prompts)) if seeds is None else seeds)
+                            range(len(prompts)) if seeds is None else seeds, 1 if plain else heads.recent)
     lengths, steps = [len(p) - 1 for p in prompts], 0          # state.length, without reading it back
     rows = list(range(len(prompts)))                           # the prompts that the rows of `state` belong to
     while True:

@@ -119,21 +119,27 @@ def draft_labels(heads: MedusaHeads, labels: Tensor) -> Tensor:
     return torch.where(labels == IGNORE, IGNORE, table[labels.clamp(min=0)])
 
 
-def head_results(heads: MedusaHeads, batch: Batch, hidden: Tensor, distill: bool):
-    """hidden [B T, H] → chunk by chunk, each head's summed cross entropy [K] and its label's rank [K, chunk].
+def head_results(heads: MedusaHeads, batch: Batch, hidden: Tensor, distill: bool, ranked: bool = True):
+    """hidden [B, T, H] → chunk by chunk, each head's summed cross entropy [K] and its label's rank [K, chunk].
 
     distill: against the base's own distribution where it chooses that token, instead of the token alone. Rank 0 is a
-    top-1 hit, V a token that the heads can't draft or no label. A chunk's logits are freed before the next one's.
+    top-1 hit, V a token that the heads can't draft or no label; not ranked: all V, a quarter faster. A chunk's logits
+    are freed before the next one's.
     """
-    chunk = max(1, LOGITS // (heads.num_heads * heads.draft_size))
+    chunk, length = max(1, LOGITS // (heads.num_heads * heads.draft_size)), hidden.shape[1]
+    back = torch.arange(heads.recent, device=hidden.device)
+    padded, hidden = F.pad(hidden, (0, 0, heads.recent - 1, 0)), hidden.flatten(0, 1)       # zeros in front of a row
     for i in range(0, len(batch.index), chunk):
         at, ids = batch.index[i:i + chunk], batch.labels[:, i:i + chunk]
         labels = draft_labels(heads, ids)                                                           # [K, chunk]
-        logits = heads.all_logits(hidden[at], batch.tokens[i:i + chunk])                            # [K, chunk, D]
+        recent = padded[(at // length)[:, None], (at % length)[:, None] + back]                     # [chunk, R, H]
+        logits = heads.all_logits(recent, batch.tokens[i:i + chunk])                                # [K, chunk, D]
         logits = logits.to(at_least_float32(logits.dtype))
-        with torch.no_grad():
-            target = logits.gather(2, labels.clamp(min=0)[..., None])
-            rank = (logits > target).sum(-1).masked_fill(labels == IGNORE, heads.vocab_size)
+        rank = torch.full_like(labels, heads.vocab_size)
+        if ranked:
+            with torch.no_grad():
+                target = logits.gather(2, labels.clamp(min=0)[..., None])
+                rank = (logits > target).sum(-1).masked_fill(labels == IGNORE, heads.vocab_size)
         if distill:
             with torch.no_grad():
                 later = at + torch.arange(1, heads.num_heads + 1, device=at.device)[:, None]        # [K, chunk]
@@ -175,8 +181,8 @@ def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: in
     ranks, owns, losses, base_loss, tokens, labels = [], [], 0.0, 0.0, 0, 0
     for rows in tqdm(length_batches(documents, batch_tokens, 0), desc="evaluating", disable=shard()[0] > 0):
         batch = to_device(make_batch(rows, heads.num_heads, bos), model)
-        hidden = model(batch.ids).flatten(0, 1)
-        base_loss += sum(float(loss) for loss in base_results(model, hidden, batch))
+        hidden = model(batch.ids)                                                                   # [B, T, H]
+        base_loss += sum(float(loss) for loss in base_results(model, hidden.flatten(0, 1), batch))
         tokens += int((batch.next != IGNORE).sum())
         hidden = hidden.to(next(heads.parameters()).dtype)
         results = [(sums, rank) for sums, rank in head_results(heads, batch, hidden, False)]
@@ -227,16 +233,17 @@ def all_reduce(*tensors: Tensor) -> None:
 
 
 def backward(model: Llama, heads: MedusaHeads, batch: Batch, original: Llama | None, weights: Tensor,
-             base_weight: float, args) -> Tensor:
-    """Adds a batch's gradients, chunk by chunk → sums over its labels [3, K]: loss, top-1 hits, top-5 hits.
+             base_weight: float, args, ranked: bool) -> Tensor:
+    """Adds a batch's gradients, chunk by chunk → sums over its labels [3, K]: loss and, if ranked, top-1, top-5 hits.
 
     weights [K] and base_weight belong to one label each: already divided by how many the whole step has everywhere.
-    original: the base before it was trained; None: the base is frozen.
+    original: the base before it was trained; None: the base is frozen. --bf16 is for what is trained: a frozen base
+    runs in its own dtype, as at generation.
     """
     autocast = torch.autocast(batch.ids.device.type, torch.bfloat16) if args.bf16 else nullcontext()
     joint = original is not None
-    with autocast, torch.set_grad_enabled(joint):
-        hidden = model(batch.ids).flatten(0, 1)                                                     # [B T, H]
+    with autocast if joint else nullcontext(), torch.set_grad_enabled(joint):
+        hidden = model(batch.ids)                                                                   # [B, T, H]
     # a leaf of its own: chunks add up in its gradient, then the base is walked back once
     leaf = hidden.detach().to(next(heads.parameters()).dtype).requires_grad_(joint)
     if joint:
@@ -244,10 +251,10 @@ def backward(model: Llama, heads: MedusaHeads, batch: Batch, original: Llama | N
         with autocast, torch.no_grad():
             before = original.lm_head, original(batch.ids).flatten(0, 1)
         with autocast:
-            for loss in base_results(model, leaf, batch, before):
+            for loss in base_results(model, leaf.flatten(0, 1), batch, before):
                 (base_weight * loss).backward()
     sums = weights.new_zeros(3, heads.num_heads)
-    results = head_results(heads, batch, leaf, args.target == "distill")
+    results = head_results(heads, batch, leaf, args.target == "distill", ranked)
     while True:
         with autocast:
             loss, rank = next(results, (None, None))
@@ -315,10 +322,11 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args, bos: list) ->
             guesses, stop = sum(int((b.next != IGNORE).sum()) for b in own), len(interrupt)
             rest = torch.tensor([guesses, stop], device=labels.device)
             all_reduce(labels, drafted, rest)
-            sums = weights.new_zeros(3, heads.num_heads)
+            sums, last = weights.new_zeros(3, heads.num_heads), step + 1 == steps
+            logged = last or (step + 1) % args.log_every == 0
             for batch in own:
                 sums += backward(model, heads, batch, original if joint else None, weights / drafted.clamp(min=1),
-                                 1 / max(1, int(rest[0])), args)
+                                 1 / max(1, int(rest[0])), args, logged)
             trained = parameters if joint else groups[0]["params"]
             for p in trained:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -329,8 +337,7 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args, bos: list) ->
             optimizer.zero_grad()
             bar.update()
             seen += int(rest[0])
-            last = step + 1 == steps
-            if (step + 1) % args.log_every == 0 or last:
+            if logged:
                 all_reduce(sums)
                 loss, top1, top5 = (sums / torch.stack((drafted, labels, labels)).clamp(min=1)).tolist()
                 log.append(json.dumps({
@@ -340,7 +347,7 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args, bos: list) ->
                 bar.set_postfix(loss=f"{json.loads(log[-1])['loss']:.3f}", top1=" ".join(f"{v:.2f}" for v in top1))
             if rank == 0 and (rest[1] or (step + 1) % args.save_every == 0) and not last:
                 save_checkpoint(checkpoint, model, heads, optimizer, step + 1, args)
-            if rank == 0 and (rest[1] or (step + 1) % args.log_every == 0 or last):
+            if rank == 0 and (rest[1] or logged):
                 write_atomic(metrics, lambda p: p.write_text("".join(line + "\n" for line in log)))
             if rest[1] and not last:
                 raise KeyboardInterrupt
@@ -395,6 +402,7 @@ def arguments(argv=None):
     add("--num-layers", type=number(int, 1), default=1, help="residual blocks a head")
     add("--width", type=number(int, 1), help="inner width of the blocks (default: square, the paper's)")
     add("--tie-lm-head", action="store_true", help="use the base's lm_head, not a matrix a head")
+    add("--recent", type=number(int, 1, 64), default=1, help="hidden states that a head sees, of the last positions")
     add("--draft-vocab", type=number(int, 1), help="only the so many most frequent tokens can be drafted")
     add("--target", choices=("tokens", "distill"), default="tokens", help="learn the data's tokens, or the base's "
         "own distribution at their place")
@@ -486,7 +494,8 @@ def main():
             raise UserError(f"{' and '.join(args.data)}: at least 2 documents of 3 tokens are needed, one is held out")
         token_map = args.draft_vocab and most_frequent(documents, args.draft_vocab, model.config.vocab_size)
         heads = MedusaHeads.untrained(model, args.num_heads, num_layers=args.num_layers, width=args.width,
-                                      tie_lm_head=args.tie_lm_head, kind=args.kind, token_map=token_map)
+                                      tie_lm_head=args.tie_lm_head, kind=args.kind, recent=args.recent,
+                                      token_map=token_map)
         before = args.medusa_2 and evaluate(model, heads, held_out, args.batch_tokens, tokenizer.bos)[0]["base_loss"]
         train(model, heads, documents, args, tokenizer.bos)
         if rank > 0:

@@ -4,8 +4,8 @@
     python benchmarks/heads.py model/medusa --published trees.json             # against published trees of equal size
 
 Trees are grown from the model's texts of the openings in model/tune.txt; `forecast` walks every second of those texts,
-which did not grow the tree; `measured` decodes benchmarks/openings.txt with the tree (all in batches, the tokens are the
-same) and counts: new tokens behind the first / steps. Draft and step are medians of single-row steps, in milliseconds.
+which did not grow the tree; `measured` decodes benchmarks/openings.txt with the tree (in batches, the tokens are the
+same) and counts: new tokens behind the first / steps. Draft and step: medians of single-row steps, in milliseconds.
 """
 import argparse
 import json
@@ -54,6 +54,7 @@ def main():
     parser.add_argument("--tune", default=str(ROOT / "model" / "tune.txt"))
     parser.add_argument("--openings", default=str(ROOT / "benchmarks" / "openings.txt"))
     parser.add_argument("--nodes", type=int, nargs="+", default=[8, 16, 32])
+    parser.add_argument("--deepest", type=int, help="a second tree of each size, at most so deep")
     parser.add_argument("--published", metavar="FILE", help="an object of lists of paths, best first")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-new-tokens", type=int, default=200)
@@ -75,9 +76,13 @@ def main():
         halves = [evaluate(model, heads, half, 4096, tokenizer.bos)[1:] for half in (documents[::2], documents[1::2])]
         hits = path_hits(halves[0][0])
         for nodes in args.nodes:
-            trees = {"own": grow_tree(hits, nodes - 1)} | {
-                name: [p for p in paths if len(p) <= heads.num_heads][:nodes - 1] for name, paths in published.items()
-                if not name.startswith("_")}
+            trees = {"own": grow_tree(hits, nodes - 1)}
+            if args.deepest:
+                trees[f"own, {args.deepest} deep"] = grow_tree(hits, nodes - 1, args.deepest)
+            for name, paths in published.items():
+                paths = [p for p in paths if len(p) <= heads.num_heads][:nodes - 1]
+                if not name.startswith("_") and len(paths) == nodes - 1 and paths not in trees.values():
+                    trees[name] = paths                        # of several with the same first nodes the first
             for name, paths in trees.items():
                 tree = heads.tree(paths)
                 forecast = walk(tree, *halves[1])[0]["tokens_per_step"]

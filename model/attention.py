@@ -3,8 +3,11 @@
 causal_attention(q, k, v) equals F.scaled_dot_product_attention(q, k, v, is_causal=True)
 for float32 [B, heads, T, 4]. The first import compiles the extension (about half a minute, then cached); it needs g++,
 ninja and AVX-512. `python model/attention.py` with 16 heads, B=16, T=256, one thread, 2 cores of an AMD EPYC (Zen 4):
-2.8 ms forward and 7.3 ms backward, torch's kernel 36 and 94.
+2.8 ms forward and 7.3 ms backward, torch's kernel 36 and 94. `python model/attention.py train_heads.py ARGUMENTS` (or
+torchrun) runs a script of the project with it.
 """
+import runpy
+import sys
 from pathlib import Path
 
 import torch
@@ -65,5 +68,13 @@ def check_and_time():
         assert error < 1e-5
 
 
+def run_script(arguments):
+    """Runs a script of the project, its training attention replaced by this one."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import llama
+    llama.causal_attention, sys.argv = causal_attention, arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
 if __name__ == "__main__":
-    check_and_time()
+    run_script(sys.argv[1:]) if sys.argv[1:] else check_and_time()

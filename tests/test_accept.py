@@ -47,14 +47,16 @@ def test_limits_in_mid_path():
 
 def test_commit_ends_the_row_at_eos_and_takes_the_last_nodes_hidden():
     cache = torch.zeros(2, 2, 1, 20, 2, 8)
-    before = state()._replace(cache=cache, length=torch.tensor([5]), hidden=torch.zeros(1, 32))
+    recent = torch.tensor([-3.0, -2, -1])[None, :, None].expand(1, 3, 32)
+    before = state()._replace(cache=cache, length=torch.tensor([5]), recent=recent)
     hidden = torch.arange(6.0)[None, :, None].expand(1, 6, 32)                   # node i's hidden is all i
     path, out = torch.tensor([[0, 1, 3, 5]]), torch.tensor([[4, 6, 8, 1]])
     for count, eos, left in ((4, NONE, 95), (2, torch.tensor([6]), 0), (3, torch.tensor([6]), 96)):
         after = commit(before, hidden, path, out, torch.tensor([count]), eos)
         assert after.length.item() == 5 + count and after.emitted.item() == count
         assert after.token.item() == out[0, count - 1] and after.remaining.item() == left
-        assert after.hidden[0, 0] == path[0, count - 1]
+        seen = [-3, -2, -1, *path[0, :count].tolist()]                           # the last three, newest last
+        assert after.recent[0, :, 0].tolist() == seen[-3:]
 
 
 def slow_warp(logits, temperature, top_k, top_p):

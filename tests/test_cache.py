@@ -26,7 +26,7 @@ def test_no_cache_is_prefill_and_one_is_one_by_one_is_chunked(seed, monkeypatch)
             monkeypatch.setattr(tinymedusa, "PREFILL_CHUNK", chunk)
             length, last = prefill(model, prompts, new_cache(model.config, 3, 140, like=model.norm.weight))
             assert length.tolist() == [len(p) for p in prompts]
-            assert torch.allclose(last, expected, atol=1e-12)
+            assert torch.allclose(last[:, 0], expected, atol=1e-12)
         monkeypatch.setattr(tinymedusa, "PREFILL_CHUNK", 512)
         longer = [p + [5] for p in prompts]                                     # prefill, then one more token
         cache = new_cache(model.config, 3, 140, like=model.norm.weight)
@@ -62,11 +62,12 @@ def test_keep_rows_moves_only_the_path():
 def test_after_each_commit_the_cache_is_a_fresh_prefill(seed):
     rng = random.Random(seed)
     model = tiny_llama(seed)
-    heads, tree = tiny_heads(model), Tree.from_paths(random_tree(rng, nodes=30), 4, 12)
+    heads = tiny_heads(model, recent=3)
+    tree = heads.tree(random_tree(rng, nodes=30))
     prompts, eos = rows_of(rng, 2), torch.tensor([], dtype=torch.long)
     nodes, path = tree.path.shape
     with torch.inference_mode():
-        state, out, count = start(model, prompts, 25, nodes, path, GREEDY, eos, [0, 1])
+        state, out, count = start(model, prompts, 25, nodes, path, GREEDY, eos, [0, 1], 3)
         texts = [p + out[b, :count[b]].tolist() for b, p in enumerate(prompts)]
         accepted = 0
         while state.remaining.any():
@@ -77,10 +78,10 @@ def test_after_each_commit_the_cache_is_a_fresh_prefill(seed):
             assert state.token.tolist() == [t[-1] for t in texts]
             for b, text in enumerate(texts):
                 fresh = new_cache(model.config, 1, 140, like=model.norm.weight)
-                _, last = prefill(model, [text[:-1]], fresh)
+                _, last = prefill(model, [text[:-1]], fresh, 3)
                 n = len(text) - 1
                 assert torch.allclose(state.cache[:, :, b, :n], fresh[:, :, 0, :n], atol=1e-11)
-                assert torch.allclose(state.hidden[b], last[0], atol=1e-11)
+                assert torch.allclose(state.recent[b], last[0], atol=1e-11)
     assert accepted or len(tree.paths) < 8
 
 
@@ -105,6 +106,6 @@ def test_a_finished_row_stays_as_it_is():
         state = state._replace(remaining=torch.tensor([0, 5]))
         after, _, count = step(model, heads, tree, state, bucket(64, state.cache), GREEDY, eos)
     assert count[0] == 0 and count[1] > 0
-    for name in ("length", "token", "hidden", "emitted", "remaining"):
+    for name in ("length", "token", "recent", "emitted", "remaining"):
         assert torch.equal(getattr(after, name)[0], getattr(state, name)[0]), name
     assert torch.equal(after.cache[:, :, 0, :3], state.cache[:, :, 0, :3])

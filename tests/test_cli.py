@@ -2,9 +2,10 @@
 import json
 
 import pytest
-from conftest import MODEL, ROOT, tiny_llama
+from conftest import MODEL, ROOT, tiny_heads, tiny_llama
 
-from llama import Tokenizer, write_json
+from llama import Llama, Tokenizer, write_json
+from tinymedusa import KINDS
 
 
 def test_streamed_text_is_whole_characters_and_nothing_is_lost():
@@ -24,7 +25,7 @@ def test_streamed_text_is_whole_characters_and_nothing_is_lost():
 
 def run_json(cli, *args):
     status, out, err = cli("generate", "--json", *args)
-    assert status == 0 and err == "", err
+    assert status == 0 and "Traceback" not in err, err
     return [json.loads(line) for line in out.splitlines()]
 
 
@@ -121,3 +122,35 @@ def test_the_embedded_heads_reach_the_promised_tokens_per_step(cli, monkeypatch)
 def test_the_embedded_heads_fit_in_6_mb():
     files = [f for f in MODEL.rglob("*") if f.suffix in (".json", ".safetensors") and "pretrained" not in f.parts]
     assert sum(f.stat().st_size for f in files) < 6e6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tune_forecasts_what_decoding_then_does(kind, tiny_folder, tmp_path, cli):
+    """Every second text forecasts the tree's tokens per step: decoding those openings must give that very figure."""
+    model = Llama.from_pretrained(tiny_folder)
+    tiny_heads(model, 3, kind=kind, noise=0.05).save(tiny_folder / "medusa", "tiny")
+    openings = [f"the dog{' x' * i}" for i in range(12)]
+    (tmp_path / "o.txt").write_text("\n".join(openings))
+    status, out, err = cli("generate", "--model", tiny_folder, "--tune", tmp_path / "o.txt", "--max-new-tokens", 30,
+                           "--threads", 1)
+    tuned = json.loads((tiny_folder / "medusa" / "tree.json").read_text())
+    assert status == 0 and "<- best" in out and "root" in out and "plain decoding" in out, err
+    best = max(tuned["candidates"], key=lambda c: c["tokens_per_second"])
+    assert best == tuned["chosen"] and best["nodes"] == len(tuned["paths"]) + 1
+    assert best["tokens_per_second"] == pytest.approx(1000 * best["tokens_per_step"] / best["step_ms"], rel=1e-2)
+    assert len(tuned["hits"]) == len(tuned["paths"]) and all(0 < share < 1 for share in tuned["hits"])
+    depths = {c["depth"] for c in tuned["candidates"]}
+    assert len(tuned["candidates"]) > 5 and (1 in depths) == (kind == "hydra" or len(tuned["candidates"][0]) < 3)
+    arguments = [a for o in openings[1::2] for a in ("--prompt", o)]             # shortest first, every second one
+    results = run_json(cli, "--model", tiny_folder, *arguments, "--max-new-tokens", 30)
+    new, steps = (sum(r[key] for r in results) for key in ("new_tokens", "steps"))
+    assert (new - len(results)) / steps == pytest.approx(best["tokens_per_step"], abs=1e-4)
+    assert results[0]["tree"] == f"{best['nodes']} nodes, {tiny_folder / 'medusa' / 'tree.json'}"
+    result, = run_json(cli, "--model", tiny_folder, "--tune", tmp_path / "o.txt", "--tree", tmp_path / "t.json",
+                       "--max-new-tokens", 30, "--temperature", 0.5)
+    assert result["tree"] == str(tmp_path / "t.json") and json.loads((tmp_path / "t.json").read_text())["paths"]
+
+
+def test_the_report_names_the_tree(tiny_folder, cli):
+    out = cli("generate", "--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 5)[1]
+    assert "tree: 16 nodes, mc_sim_7b_63, published" in out

@@ -229,9 +229,10 @@ def test_conversations_answered_anew(tokenizer):
 
 
 def test_openings_are_first_sentences():
-    assert opening('"Hi!" said Tom. He ran.') == '"Hi!"' and opening("One. Two.") == "One."
-    assert opening("no end here\nsecond line.") == "no end here" and opening("x" * 300) == "x" * 200
-    assert opening("It cost 3.50 in all. Yes.") == "It cost 3.50 in all."
+    assert opening('"Hi!" said Tom. He ran.', 1) == '"Hi!"' and opening("One. Two.", 1) == "One."
+    assert opening("no end here\nsecond line.", 1) == "no end here" and opening("x" * 300, 1) == "x" * 200
+    assert opening("It cost 3.50 in all. Yes.", 1) == "It cost 3.50 in all."
+    assert opening("One. Two! Three.", 2) == "One. Two!" and opening("One.\n\nTwo.", 2) == "One."
 
 
 def test_the_commands(tiny_folder, tmp_path, cli):

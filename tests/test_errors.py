@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_heads, tiny_llama
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 
 import llama
+import prepare_data
 from llama import Llama, UserError, read_json, write_json
 
 
@@ -56,6 +57,12 @@ def edit(path, **change):
 
 
 # what is done to a good folder (300 entries, context 64, 3 heads), the arguments, and what the line must say
+def wrong_map(folder):
+    """Heads that draft id 7 twice."""
+    tiny_heads(tiny_llama(dtype=torch.float32, vocab_size=300), 3, token_map=torch.tensor([7, 7, 9])).save(
+        folder / "medusa", "tiny")
+
+
 CASES = {
     "no config": (gone("config.json"), [], ["has no config.json", "Hugging Face layout"]),
     "no weights": (gone("model.safetensors"), [], ["has no model.safetensors"]),
@@ -90,6 +97,15 @@ CASES = {
     "eos": (text("generation_config.json", b'{"eos_token_id": [2, "3"]}'), [], ["eos_token_id is (2, '3')"]),
     "index": (text("model.safetensors.index.json", b'{"weight_map": [1]}'), [], ["weight_map must be an object"]),
     "heads' width": (lambda f: edit(f / "medusa/config.json", medusa_width=-1), [], ["medusa_width -1"]),
+    "heads' kind": (lambda f: edit(f / "medusa/config.json", medusa_kind="eagle"), [],
+                    ["medusa_kind 'eagle', expected one of medusa, root, hydra"]),
+    "heads' recent": (lambda f: edit(f / "medusa/config.json", medusa_recent=0), [], ["medusa_recent 0, expected"]),
+    "draft vocabulary": (lambda f: edit(f / "medusa/config.json", draft_vocab_size=301), [],
+                         ["draft_vocab_size 301, expected at most the vocabulary"]),
+    "no id map": (lambda f: edit(f / "medusa/config.json", draft_vocab_size=9), [], ["missing: token_map"]),
+    "id map": (wrong_map, [], ["token_map must hold different ids below 300"]),
+    "tune without heads": (None, ["--heads", "none", "--tune", "x.txt"], ["--tune needs heads"]),
+    "nothing to tune on": (None, ["--tune", "no.txt"], ["can't read no.txt"]),
     "no heads' weights": (gone("medusa/model.safetensors"), [], ["has no model.safetensors"]),
     "heads of another width": (lambda f: write_json(f / "medusa/config.json", {
         "medusa_num_heads": 3, "medusa_num_layers": 1, "hidden_size": 4096}), [],
@@ -147,8 +163,8 @@ def test_the_healthy_folder_is_fine(tiny_folder, cli):
     (["--openings", "none.txt", "--out", "a.bin"], "can't read none.txt"),
     (["--text", "latin.txt", "--out", "a.bin"], "latin.txt is not UTF-8 text"),
     (["--text", "empty.txt", "--out", "a.bin"], "a.bin: nothing to write"),
-    (["--openings", "empty.txt", "--out", "a.bin"], "empty.txt holds no opening"),
-    (["--out", "a.bin"], "one of the arguments --text --openings is required"),
+    (["--openings", "empty.txt", "--out", "a.bin"], "the source holds nothing to continue"),
+    (["--out", "a.bin"], "one of the arguments --text --tinystories --sharegpt --openings is required"),
     (["--text", "fine.txt", "--out", "a.bin", "--limit", "0"], "--limit: '0' is not a whole number of at least 1"),
     (["--text", "fine.txt", "--out", "a.bin", "--device", "warp"], "--device: 'warp' can't be used here"),
     (["--text", "fine.txt", "--out", "."], ". is a folder: --out names a file"),
@@ -188,8 +204,8 @@ def test_the_hub_code(monkeypatch, tmp_path):
     from huggingface_hub import errors
     calls = []
 
-    def download(repo, filename, revision=None):
-        calls.append((repo, filename, revision))
+    def download(repo, filename, revision=None, repo_type="model"):
+        calls.append((repo, filename, revision) if repo_type == "model" else (repo, filename, revision, repo_type))
         if filename == "model.safetensors.index.json":
             raise errors.EntryNotFoundError("404")
         if filename == "tokenizer.json":
@@ -205,10 +221,13 @@ def test_the_hub_code(monkeypatch, tmp_path):
         llama.locate("some/model", "model.safetensors.index.json")
     with pytest.raises(UserError, match="not a folder: give a model folder or a hub id"):
         llama.locate("nowhere", "config.json")
+    args = prepare_data.arguments(["--tinystories", "--split", "validation", "--out", "a.bin"])
+    (tmp_path / "TinyStoriesV2-GPT4-valid.txt").write_text("A dog.\n<|endoftext|>\nA cat.\n")
+    assert list(prepare_data.source_items(args)) == ["A dog.", "A cat."]
+    assert calls[-1] == ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-valid.txt", None, "dataset")
 
 
 def test_nothing_half_written(tmp_path, monkeypatch):
-    from conftest import tiny_llama
     def save_half(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise error

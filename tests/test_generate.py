@@ -62,6 +62,7 @@ def test_the_great_equality():
         model = models[case % 3]
         heads = tiny_heads(model, noise=rng.choice([0.02, 0.1]), width=rng.choice([None, 16]),
                            tie_lm_head=rng.random() < 0.5, num_layers=rng.choice([1, 2]), kind=rng.choice(KINDS),
+                           recent=rng.choice([1, 1, 3]),
                            token_map=rng.choice([None, torch.tensor([2, 3, 4, 6, 7, 9, 11])]))
         tree = heads.tree(random_tree(rng, rng.randint(1, 4), ranks=5, nodes=rng.choice([6, 40, 80])))
         sampling = Sampling(rng.choice([0, 0.5, 0.8, 1.3]), rng.choice([0, 0, 4]), rng.choice([1.0, 0.9]))

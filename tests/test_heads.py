@@ -12,17 +12,18 @@ from tinymedusa import MedusaHeads
 KINDS = [{}, {"num_layers": 2}, {"tie_lm_head": True}, {"width": 16, "tie_lm_head": True},
          {"width": 48, "num_layers": 2}, {"kind": "root"}, {"kind": "hydra", "width": 16, "tie_lm_head": True},
          {"kind": "hydra", "num_layers": 2, "token_map": torch.tensor([2, 3, 5, 7, 11])},
-         {"kind": "root", "width": 8, "tie_lm_head": True, "token_map": torch.tensor([1, 4, 9])}]
+         {"kind": "root", "width": 8, "tie_lm_head": True, "token_map": torch.tensor([1, 4, 9])},
+         {"recent": 3}, {"kind": "hydra", "recent": 2, "width": 16}]
 
 
-def slow_logits(tensors, k, layers, hidden, tokens, model):
+def slow_logits(tensors, k, layers, recent, tokens, model):
     """Head k as the official code computes it (each block its own), from the saved tensors by their official names.
 
-    tokens: those behind the hidden state that head k sees (none for the paper's heads).
+    recent [T, R, H]; tokens: those behind the newest hidden state that head k sees (none for the paper's heads).
     """
     embedded = model.embed_tokens.weight[tokens]                                 # [T, n, H]
     embedded = embedded / (embedded.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-    x, z = hidden, torch.cat((hidden, embedded.flatten(1)), 1)
+    x, z = recent[:, -1], torch.cat((recent.flatten(1), embedded.flatten(1)), 1)
     for j in range(layers):
         if f"{k}.{j}.linear.weight" in tensors:
             x = x + F.silu(z @ tensors[f"{k}.{j}.linear.weight"].T + tensors[f"{k}.{j}.linear.bias"])
@@ -41,18 +42,20 @@ def test_formula_names_and_round_trip(kind, tmp_path):
     heads.save(tmp_path, "some/base")
     tensors, layers = load_file(tmp_path / "model.safetensors"), kind.get("num_layers", 1)
     again = MedusaHeads.from_pretrained(tmp_path, model)
-    hidden, tokens = torch.randn(5, 32, dtype=torch.float64), torch.randint(0, 12, (5, 3))
+    recent = torch.randn(5, kind.get("recent", 1), 32, dtype=torch.float64)
+    tokens = torch.randint(0, 12, (5, 3))
     seen = {"root": lambda k: 1, "hydra": lambda k: k + 1}.get(kind.get("kind"), lambda k: 0)
     with torch.no_grad():
-        expected = [slow_logits(tensors, k, layers, hidden, tokens[:, :seen(k)], model) for k in range(3)]
-        assert torch.allclose(again.all_logits(hidden, tokens), torch.stack(expected), atol=1e-12)
+        expected = [slow_logits(tensors, k, layers, recent, tokens[:, :seen(k)], model) for k in range(3)]
+        assert torch.allclose(again.all_logits(recent, tokens), torch.stack(expected), atol=1e-12)
         first, last = (1, 2) if again.kind == "hydra" else (0, 2)                # some of the heads alone
-        assert torch.allclose(again(hidden, tokens[:, :2], first, last), torch.stack(expected[first:last]), atol=1e-12)
+        assert torch.allclose(again(recent, tokens[:, :2], first, last), torch.stack(expected[first:last]), atol=1e-12)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     config = read_json(tmp_path / "config.json")
     assert (config["medusa_num_heads"], config["medusa_num_layers"]) == (3, layers)
     assert config["tie_lm_head"] == kind.get("tie_lm_head", False) and config["base_model_name_or_path"] == "some/base"
+    assert config["medusa_recent"] == kind.get("recent", 1)
     assert config["medusa_width"] == kind.get("width") and config["medusa_kind"] == kind.get("kind", "medusa")
     stored = sum(t.numel() for name, t in tensors.items() if name != "token_map")
     assert again.size() == heads.size() == stored and not any(p.requires_grad for p in again.parameters())
@@ -71,10 +74,10 @@ def test_plain_heads_have_the_official_names_and_shapes():
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_untrained_heads_repeat_the_base(kind):
     model = tiny_llama()
-    heads, hidden = MedusaHeads.untrained(model, 3, **kind), torch.randn(4, 32, dtype=torch.float64)
-    base = model.lm_head(hidden)[:, kind.get("token_map", slice(None))]
+    heads, recent = MedusaHeads.untrained(model, 3, **kind), torch.randn(4, kind.get("recent", 1), 32).double()
+    base = model.lm_head(recent[:, -1])[:, kind.get("token_map", slice(None))]
     with torch.no_grad():
-        logits = heads.all_logits(hidden, torch.randint(0, 12, (4, 3)))
+        logits = heads.all_logits(recent, torch.randint(0, 12, (4, 3)))
     assert torch.allclose(logits, base.expand(3, *base.shape), atol=1e-12)
 
 

@@ -73,11 +73,11 @@ def test_packed_rows_ask_nothing_across_a_boundary():
 def test_losses_and_ranks_against_their_definition(kind, token_map, distill, monkeypatch):
     monkeypatch.setattr(train_heads, "LOGITS", 5 * 2 * 12)                       # a few places at a time
     model = tiny_llama().requires_grad_(False)
-    heads, documents = tiny_heads(model, 2, kind=kind, token_map=token_map), texts(3, 9)
+    heads, documents = tiny_heads(model, 2, kind=kind, token_map=token_map, recent=3), texts(3, 9)
     batch = make_batch(documents, 2, [1])
     with torch.no_grad():
         hidden = model(batch.ids)
-        results = list(head_results(heads, batch, hidden.flatten(0, 1), distill))
+        results = list(head_results(heads, batch, hidden, distill))
         ids = list(range(12)) if token_map is None else token_map.tolist()
         losses, ranks = torch.zeros(2, dtype=torch.float64), [[], []]
         for row, t in itertools.product(range(3), range(10)):
@@ -86,7 +86,8 @@ def test_losses_and_ranks_against_their_definition(kind, token_map, distill, mon
                 label = text[t + 2 + k] if t + 2 + k < len(text) else None
                 if t + 2 >= len(text):
                     continue
-                logits = heads.all_logits(hidden[row, t:t + 1], torch.tensor([(text + [0, 0])[t + 1:t + 3]]))[k, 0]
+                recent = torch.cat((torch.zeros(2, 32), hidden[row]))[None, t:t + 3]             # hidden of t - 2 .. t
+                logits = heads.all_logits(recent, torch.tensor([(text + [0, 0])[t + 1:t + 3]]))[k, 0]
                 known = label in ids
                 ranks[k].append(int((logits > logits[ids.index(label)]).sum()) if known else 12)
                 if known:
@@ -125,7 +126,7 @@ def test_loss_weights_and_clipping(tmp_path):
     model, documents = tiny_llama(), texts(2)
     heads, before = tiny_heads(model, 2), tiny_heads(model, 2)
     batch = make_batch(documents, 2, [1])
-    logits = before.all_logits(model(batch.ids).flatten(0, 1)[batch.index].detach(), batch.tokens)
+    logits = before.all_logits(model(batch.ids).flatten(0, 1)[batch.index, None].detach(), batch.tokens)
     loss = sum(0.3 * 0.5 ** (k + 1) * F.cross_entropy(logits[k], batch.labels[k], ignore_index=IGNORE)
                for k in range(2))
     gradient = torch.autograd.grad(loss, list(before.parameters()))
@@ -159,9 +160,9 @@ def by_heart(tmp_path, kind, rows, **over):
     return model, openings, documents, MedusaHeads.untrained(model, 3, **kind)
 
 
-@pytest.mark.parametrize("kind, rows", [({}, 3), ({"tie_lm_head": True, "width": 128}, 12),
-                                        ({"kind": "root", "tie_lm_head": True, "width": 64}, 12),
-                                        ({"kind": "hydra", "tie_lm_head": True, "width": 64}, 12)], ids=str)
+@pytest.mark.parametrize("kind, rows", [
+    ({}, 3), ({"tie_lm_head": True, "width": 128}, 12), ({"kind": "root", "tie_lm_head": True, "width": 64}, 12),
+    ({"kind": "hydra", "tie_lm_head": True, "width": 64, "recent": 3}, 12)], ids=str)
 def test_a_tiny_corpus_learned_by_heart(kind, rows, tmp_path):
     """On the base's own greedy text the heads end up guessing nearly all: at least 0.9 (K + 1) tokens a step.
 
@@ -254,6 +255,7 @@ def test_schedule_and_batches():
 def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, more, monkeypatch):
     """Ctrl-C in step 3 of 12 (in the joint half with Medusa-2: step 9): saved behind it, then resumed."""
     at = 9 if more else 3
+    monkeypatch.setattr(train_heads, "LOGITS", 7 * 2 * 12)                       # several chunks a batch
     more = (*more, "--epochs", 3, "--log-every", 2, "--batch-tokens", 21)
     model, whole = trained(tmp_path / "whole", texts(), *more)
     real, calls = train_heads.backward, []
@@ -332,7 +334,7 @@ def test_medusa_2_trains_base_and_heads_and_saves_a_whole_model(tiny_folder, tmp
 def test_medusa_2s_first_half_leaves_the_base_alone_and_the_kl_holds_it(tmp_path):
     model, _ = trained(tmp_path, texts(), "--medusa-2", "--epochs", 1, "--base-lr", 1e-3)        # 2 steps: 1 joint
     assert not torch.equal(model.layers[0].mlp.up_proj.weight, tiny_llama().layers[0].mlp.up_proj.weight)
-    base, batch, hidden = tiny_llama(), make_batch(texts(1), 2, [1]), torch.randn(21, 32, dtype=torch.float64)
+    base, batch, hidden = tiny_llama().requires_grad_(False), make_batch(texts(1), 2, [1]), torch.randn(21, 32).double()
     kl = lambda before: sum(
         loss.item() for loss in train_heads.base_results(base, hidden, batch, (base.lm_head, before)))
     p, q = (base.lm_head(h).log_softmax(-1)[:20] for h in (2 * hidden, hidden))

@@ -46,12 +46,12 @@ def test_node_logits_are_those_of_the_path_in_sequence(seed):
 def test_every_node_is_its_heads_guess_behind_its_parents(kind, token_map, seed):
     """Slow definition: node [.., r] of depth d is head d's rank r, given the tokens from the root to its parent."""
     model = tiny_llama()
-    heads = tiny_heads(model, kind=kind, token_map=token_map)
+    heads = tiny_heads(model, kind=kind, token_map=token_map, recent=2)
     tree = heads.tree(random_tree(random.Random(seed), nodes=25))
-    hidden, token = torch.randn(3, 32, dtype=torch.float64), torch.tensor([4, 5, 6])
+    recent, token = torch.randn(3, 2, 32, dtype=torch.float64), torch.tensor([4, 5, 6])
     empty = torch.zeros(3, dtype=torch.long)
     with torch.no_grad():
-        ids = draft(heads, tree, State(None, empty, token, hidden, empty, empty, None))
+        ids = draft(heads, tree, State(None, empty, token, recent, empty, empty, None))
         for b in range(3):
             for i, p in enumerate(tree.paths):
                 if not p:
@@ -59,7 +59,7 @@ def test_every_node_is_its_heads_guess_behind_its_parents(kind, token_map, seed)
                     continue
                 before = torch.stack([ids[b, tree.paths.index(p[:j])] for j in range(len(p))])
                 padded = F.pad(before, (0, 4 - len(p)))[None]                    # what a head must not see: zeros
-                order = heads.all_logits(hidden[b:b + 1], padded)[len(p) - 1, 0].argsort(descending=True)
+                order = heads.all_logits(recent[b:b + 1], padded)[len(p) - 1, 0].argsort(descending=True)
                 assert ids[b, i] == (order if token_map is None else token_map[order])[p[-1]]
 
 
