@@ -18,37 +18,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from llama import (
-    DTYPES,
-    SEED,
-    ArgumentParser,
-    Llama,
-    Tokenizer,
-    UserError,
-    command_line,
-    device,
-    locate,
-    number,
-    threads,
-    write_json,
-)
+from llama import (DTYPES, SEED, ArgumentParser, Llama, Tokenizer, UserError, command_line, device, locate, number,
+                   threads, write_json)
 from prepare_data import continuations, openings_of
-from tinymedusa import (
-    MedusaHeads,
-    Sampling,
-    Stages,
-    Tree,
-    call,
-    check_prompts,
-    choice_margin,
-    generate,
-    grow_tree,
-    load_tree,
-    path_hits,
-    set_threads,
-    uniforms,
-    walk,
-)
+from tinymedusa import (MedusaHeads, Sampling, Stages, Tree, call, check_prompts, choice_margin, generate, grow_tree,
+                        load_tree, path_hits, set_threads, uniforms, walk)
 from train_heads import evaluate
 
 TUNE_NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)       # sizes of tree that --tune compares, the root included

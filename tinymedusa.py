@@ -26,21 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import (
-    ROTARY_SLACK,
-    Llama,
-    UserError,
-    at_least_float32,
-    keep_rows,
-    locate,
-    new_cache,
-    open_tensors,
-    read_json,
-    read_tensors,
-    visible,
-    write_json,
-    write_tensors,
-)
+from llama import (ROTARY_SLACK, Llama, UserError, at_least_float32, keep_rows, locate, new_cache, open_tensors,
+                   read_json, read_tensors, visible, write_json, write_tensors)
 
 # ------------------------------------------------------------------------------------------------------------- tree
 

@@ -20,7 +20,7 @@ import math
 import os
 import signal
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,22 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from llama import (
-    DTYPES,
-    SEED,
-    ArgumentParser,
-    Llama,
-    Tokenizer,
-    UserError,
-    at_least_float32,
-    command_line,
-    device,
-    locate,
-    model_name,
-    number,
-    write_atomic,
-    write_json,
-)
+from llama import (DTYPES, SEED, ArgumentParser, Llama, Tokenizer, UserError, at_least_float32, command_line, device,
+                   locate, model_name, number, write_atomic, write_json)
 from prepare_data import HELD_OUT, read_tokens, shard
 from tinymedusa import KINDS, MedusaHeads, grow_tree, load_tree, path_hits, set_threads, walk
 
@@ -240,33 +226,53 @@ def backward(model: Llama, heads: MedusaHeads, batch: Batch, original: Llama | N
     original: the base before it was trained; None: the base is frozen. --bf16 is for what is trained: a frozen base
     runs in its own dtype, as at generation.
     """
-    autocast = torch.autocast(batch.ids.device.type, torch.bfloat16) if args.bf16 else nullcontext()
     joint = original is not None
-    with autocast if joint else nullcontext(), torch.set_grad_enabled(joint):
+    autocast = lambda on: torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=args.bf16 and on)
+    with autocast(joint), torch.set_grad_enabled(joint):
         hidden = model(batch.ids)                                                                   # [B, T, H]
     # a leaf of its own: chunks add up in its gradient, then the base is walked back once
-    leaf = hidden.detach().to(next(heads.parameters()).dtype).requires_grad_(joint)
-    if joint:
-        heads.borrow(model)
-        with autocast, torch.no_grad():
-            before = original.lm_head, original(batch.ids).flatten(0, 1)
-        with autocast:
+    leaf = hidden.detach().to(weights.dtype).requires_grad_(joint)
+    sums = weights.new_zeros(3, heads.num_heads)
+    with autocast(True):
+        if joint:
+            heads.borrow(model)
+            with torch.no_grad():
+                before = original.lm_head, original(batch.ids).flatten(0, 1)
             for loss in base_results(model, leaf.flatten(0, 1), batch, before):
                 (base_weight * loss).backward()
-    sums = weights.new_zeros(3, heads.num_heads)
-    results = head_results(heads, batch, leaf, args.target == "distill", ranked)
-    while True:
-        with autocast:
-            loss, rank = next(results, (None, None))
-        if loss is None:
-            break
-        (weights * loss).sum().backward()
-        sums += torch.stack((loss.detach(), (rank < 1).sum(1), (rank < 5).sum(1)))
-        if joint:
-            heads.borrow(model)            # rows of an lm_head that is trained: a graph serves one backward only
+        for loss, rank in head_results(heads, batch, leaf, args.target == "distill", ranked):
+            (weights * loss).sum().backward()
+            sums += torch.stack((loss.detach(), (rank < 1).sum(1), (rank < 5).sum(1)))
+            if joint:
+                heads.borrow(model)        # rows of an lm_head that is trained: a graph serves one backward only
     if joint:
         hidden.backward(leaf.grad.to(hidden.dtype))
     return sums
+
+
+def train_step(model: Llama, heads: MedusaHeads, batches: list, original: Llama | None, weights: Tensor,
+               trained: list, args, bos: list, ranked: bool, asked: bool) -> tuple[Tensor, int, bool]:
+    """Leaves in the `trained` parameters the gradient of the mean loss over the rows of some batches.
+
+    Of several processes each takes every so many-th row; sums and not means are exchanged, so that they make the very
+    step that one process would make, however many labels each has. Returns for these batches, everywhere: each head's
+    mean loss, top-1 and top-5 [3, K], the tokens with loss, and whether any process was asked to stop.
+    """
+    rank, world = shard()
+    own = [make_batch(rows[rank::world], heads.num_heads, bos) for rows in batches if rows[rank::world]]
+    own = [to_device(batch, model) for batch in own]
+    labels = sum(((b.labels != IGNORE).sum(1) for b in own), torch.zeros_like(weights, dtype=torch.long))
+    drafted = sum(((draft_labels(heads, b.labels) != IGNORE).sum(1) for b in own), torch.zeros_like(labels))
+    tokens = torch.tensor([sum(int((b.next != IGNORE).sum()) for b in own), asked], device=labels.device)
+    all_reduce(labels, drafted, tokens)
+    sums = weights.new_zeros(3, heads.num_heads)
+    for batch in own:
+        sums += backward(model, heads, batch, original, weights / drafted.clamp(min=1), 1 / max(1, int(tokens[0])),
+                         args, ranked)
+    for p in trained:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    all_reduce(sums, *(p.grad for p in trained))
+    return sums / torch.stack((drafted, labels, labels)).clamp(min=1), int(tokens[0]), bool(tokens[1])
 
 
 @contextmanager
@@ -284,73 +290,57 @@ def interruptible():
 def train(model: Llama, heads: MedusaHeads, documents: list, args, bos: list) -> None:
     """Trains the heads in place, and with args.medusa_2 the base; writes metrics.jsonl and checkpoint.pt to args.out.
 
-    Everything of a step follows from the seed and its number (the data's order too), so a resumed training has the very
-    weights of an uninterrupted one. Each of several processes takes every so many-th row of a batch; sums and not means
-    are exchanged, so that they make the step that one process would have made.
+    Everything of a step follows from the seed and its number, the data's order too, so a resumed training has the very
+    weights of an uninterrupted one.
     """
-    rank, world = shard()
     heads.borrow(model.requires_grad_(False))
     original = copy.deepcopy(model) if args.medusa_2 else None
     groups = [{"params": list(heads.parameters()), "rate": args.lr}]
-    if args.medusa_2:
-        groups.append({"params": list(model.parameters()), "rate": args.base_lr})
+    groups += [{"params": list(model.parameters()), "rate": args.base_lr}] if args.medusa_2 else []
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
-    parameters = [p for group in groups for p in group["params"]]
     batches = [b for epoch in range(args.epochs)
                for b in length_batches(documents, args.batch_tokens, args.seed + epoch)]
     steps = -(-len(batches) // args.accumulate)
-    weights = args.coefficient * args.decay ** torch.arange(1, heads.num_heads + 1).to(parameters[0])       # [K]
+    weights = args.coefficient * args.decay ** torch.arange(1, heads.num_heads + 1).to(groups[0]["params"][0])    # [K]
     checkpoint, metrics, done = Path(args.out) / "checkpoint.pt", Path(args.out) / "metrics.jsonl", 0
     if args.resume:
         done = load_checkpoint(checkpoint, model, heads, optimizer, args)
     elif checkpoint.exists():
         raise UserError(f"{checkpoint} is left from a training that was stopped: add --resume, or delete it")
     log = [line for line in (metrics.read_text().splitlines() if done else []) if json.loads(line)["step"] <= done]
-    with tqdm(total=steps, initial=done, desc="training heads", unit=" steps", disable=rank > 0) as bar, \
-            interruptible() as interrupt:
+    with tqdm(total=steps, initial=done, desc="training heads", unit=" steps", disable=shard()[0] > 0) as bar, \
+            interruptible() as asked:
         begin, seen = time.perf_counter(), 0
-        for step in range(done, steps):
-            joint = args.medusa_2 and step >= HEADS_FIRST * steps
+        for step in range(done + 1, steps + 1):
+            joint = args.medusa_2 and step > HEADS_FIRST * steps
             model.requires_grad_(joint)
-            rate = learning_rate(step, steps, args.warmup, args.schedule)
+            trained = [p for group in groups[:1 + joint] for p in group["params"]]
+            rate = learning_rate(step - 1, steps, args.warmup, args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
-            own = [rows[rank::world] for rows in batches[step * args.accumulate:(step + 1) * args.accumulate]]
-            own = [to_device(make_batch(rows, heads.num_heads, bos), model) for rows in own if rows]
-            labels = sum(((b.labels != IGNORE).sum(1) for b in own), torch.zeros_like(weights, dtype=torch.long))
-            drafted = sum(((draft_labels(heads, b.labels) != IGNORE).sum(1) for b in own), torch.zeros_like(labels))
-            guesses, stop = sum(int((b.next != IGNORE).sum()) for b in own), len(interrupt)
-            rest = torch.tensor([guesses, stop], device=labels.device)
-            all_reduce(labels, drafted, rest)
-            sums, last = weights.new_zeros(3, heads.num_heads), step + 1 == steps
-            logged = last or (step + 1) % args.log_every == 0
-            for batch in own:
-                sums += backward(model, heads, batch, original if joint else None, weights / drafted.clamp(min=1),
-                                 1 / max(1, int(rest[0])), args, logged)
-            trained = parameters if joint else groups[0]["params"]
-            for p in trained:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            all_reduce(*(p.grad for p in trained))
+            logged = step == steps or step % args.log_every == 0
+            figures, tokens, stop = train_step(
+                model, heads, batches[(step - 1) * args.accumulate:step * args.accumulate], original if joint else None,
+                weights, trained, args, bos, logged, bool(asked))
             if args.clip:
                 torch.nn.utils.clip_grad_norm_(trained, args.clip)
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
-            seen += int(rest[0])
+            seen += tokens
             if logged:
-                all_reduce(sums)
-                loss, top1, top5 = (sums / torch.stack((drafted, labels, labels)).clamp(min=1)).tolist()
-                log.append(json.dumps({
-                    "step": step + 1, "loss": sum(w * v for w, v in zip(weights.tolist(), loss, strict=True)),
-                    "head_loss": loss, "top1": top1, "top5": top5, "lr": rate * args.lr,
-                    "tokens_per_second": seen / (time.perf_counter() - begin)}))
-                bar.set_postfix(loss=f"{json.loads(log[-1])['loss']:.3f}", top1=" ".join(f"{v:.2f}" for v in top1))
-            if rank == 0 and (rest[1] or (step + 1) % args.save_every == 0) and not last:
-                save_checkpoint(checkpoint, model, heads, optimizer, step + 1, args)
-            if rank == 0 and (rest[1] or logged):
+                loss, top1, top5 = figures.tolist()
+                line = {"step": step, "loss": float(weights @ figures[0]), "head_loss": loss, "top1": top1,
+                        "top5": top5, "lr": rate * args.lr, "tokens_per_second": seen / (time.perf_counter() - begin)}
+                log.append(json.dumps(line))
+                bar.set_postfix(loss=f"{line['loss']:.3f}", top1=" ".join(f"{v:.2f}" for v in top1))
+            if shard()[0] == 0 and (logged or stop):
                 write_atomic(metrics, lambda p: p.write_text("".join(line + "\n" for line in log)))
-            if rest[1] and not last:
-                raise KeyboardInterrupt
+            if step < steps and (stop or step % args.save_every == 0):
+                if shard()[0] == 0:
+                    save_checkpoint(checkpoint, model, heads, optimizer, step, args)
+                if stop:
+                    raise KeyboardInterrupt
     heads.borrow(model.requires_grad_(False))
 
 
@@ -498,6 +488,9 @@ def main():
                                       token_map=token_map)
         before = args.medusa_2 and evaluate(model, heads, held_out, args.batch_tokens, tokenizer.bos)[0]["base_loss"]
         train(model, heads, documents, args, tokenizer.bos)
+        if world > 1:
+            dist.barrier()                 # none may leave while another still listens
+            dist.destroy_process_group()
         if rank > 0:
             return
         folder = save(args, model, heads)
