@@ -299,9 +299,10 @@ class MedusaHeads(nn.Module):
         """How many parameters they have (the id map not counted)."""
         return sum(t.numel() for name, t in self.names().items() if name != "token_map")
 
-    def save(self, folder, base_model: str) -> None:
+    def save(self, folder, base_model: str, dtype: torch.dtype | None = None) -> None:
         """`model.safetensors` and `config.json`: the weights first, so that a config never stands without them."""
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.names().items()}
+        tensors = {name: t.detach().to("cpu", dtype if t.is_floating_point() else None).contiguous().clone()
+                   for name, t in self.names().items()}
         write_tensors(Path(folder) / "model.safetensors", tensors)
         write_json(Path(folder) / "config.json", {
             "base_model_name_or_path": base_model, "medusa_num_heads": self.num_heads,

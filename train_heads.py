@@ -443,16 +443,19 @@ def most_frequent(documents: list, size: int, vocab_size: int) -> Tensor:
 
 
 def save(args, model: Llama, heads: MedusaHeads) -> Path:
-    """Writes heads, or with --medusa-2 the new base in HF's layout with its tokenizer → the heads' folder."""
+    """Writes heads, or with --medusa-2 the new base in HF's layout with its tokenizer → the heads' folder.
+
+    In the base's own dtype, as it was stored.
+    """
+    out, dtype = Path(args.out), DTYPES[model.config.dtype]
     if not args.medusa_2:
-        heads.save(args.out, base_model=model_name(args.model))
-        return Path(args.out)
-    out = Path(args.out)
+        heads.save(out, model_name(args.model), dtype)
+        return out
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
         if file := locate(args.model, name, required=False):
             write_atomic(out / name, lambda p, file=file: p.write_bytes(file.read_bytes()))
-    model.save(out, DTYPES[model.config.dtype])
-    heads.save(out / "medusa", base_model=model_name(out))
+    model.save(out, dtype)
+    heads.save(out / "medusa", model_name(out), dtype)
     return out / "medusa"
 
 
@@ -494,6 +497,7 @@ def main():
         if rank > 0:
             return
         folder = save(args, model, heads)
+        heads = MedusaHeads.from_pretrained(folder, model)                       # as stored
         figures, ranks, own = evaluate(model, heads, held_out, args.batch_tokens, tokenizer.bos)
         paths = grow_tree(path_hits(ranks), args.tree_nodes)
         write_json(folder / "tree.json", {"paths": paths, "source": f"joint hits at {sum(map(len, own))} held-out "
