@@ -139,7 +139,7 @@ def test_tune_forecasts_what_decoding_then_does(kind, tiny_folder, tmp_path, cli
     assert best == tuned["chosen"] and best["nodes"] == len(tuned["paths"]) + 1
     assert best["tokens_per_second"] == pytest.approx(1000 * best["tokens_per_step"] / best["step_ms"], rel=1e-2)
     assert len(tuned["hits"]) == len(tuned["paths"]) and all(0 < share < 1 for share in tuned["hits"])
-    assert len({c["nodes"] for c in tuned["candidates"]}) > 5
+    assert {2, 3, 4, 6, 8} <= {c["nodes"] for c in tuned["candidates"]}
     arguments = [a for o in openings[1::2] for a in ("--prompt", o)]             # shortest first, every second one
     results = run_json(cli, "--model", tiny_folder, *arguments, "--max-new-tokens", 30)
     new, steps = (sum(r[key] for r in results) for key in ("new_tokens", "steps"))

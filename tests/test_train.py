@@ -331,8 +331,11 @@ def test_medusa_2_trains_base_and_heads_and_saves_a_whole_model(tiny_folder, tmp
     assert status == 0 and json.loads(out)["identical"] and json.loads(out)["tokens_per_step"] > 1
 
 
-def test_medusa_2s_first_half_leaves_the_base_alone_and_the_kl_holds_it(tmp_path):
-    model, _ = trained(tmp_path, texts(), "--medusa-2", "--epochs", 1, "--base-lr", 1e-3)        # 2 steps: 1 joint
+def test_medusa_2s_first_half_leaves_the_base_alone_and_the_kl_holds_it(tmp_path, monkeypatch):
+    real, joint = train_heads.backward, []
+    monkeypatch.setattr(train_heads, "backward", lambda *a: joint.append(a[3] is not None) or real(*a))
+    model, _ = trained(tmp_path, texts(), "--medusa-2", "--epochs", 2, "--base-lr", 1e-3)
+    assert joint == [False, False, True, True]
     assert not torch.equal(model.layers[0].mlp.up_proj.weight, tiny_llama().layers[0].mlp.up_proj.weight)
     base, batch, hidden = tiny_llama().requires_grad_(False), make_batch(texts(1), 2, [1]), torch.randn(21, 32).double()
     kl = lambda before: sum(
