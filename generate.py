@@ -34,7 +34,8 @@ OPENING = "Once upon a time, there was a little girl named Lily who loved to pla
 # ---------------------------------------------------------------------------------------------------------- loading
 
 def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None, str | None]:
-    """The heads of --heads, by default those in `medusa/` in the model's folder; their tree, and where that is from."""
+    """The heads of --heads, by default those in `medusa/` in the model's folder; their tree, and where that is
+    from (with --tune: no tree yet, and where to write it)."""
     folder = args.heads
     if folder is None and (config := locate(args.model, "medusa/config.json", args.revision, required=False)):
         for name in ("medusa/model.safetensors", "medusa/tree.json"):      # from a hub: fetched beside the config
@@ -45,9 +46,11 @@ def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None, str
             raise UserError("--tree needs heads: give --heads FOLDER")
         return None, None, None
     heads = MedusaHeads.from_pretrained(folder, model)
-    if args.tune:           # --tree says where to write it
-        return heads, None, args.tree or str(Path(folder) / "tree.json")
-    return heads, *load_tree(folder, heads, args.tree)
+    if not args.tune:
+        return heads, *load_tree(folder, heads, args.tree)
+    if not args.tree and not Path(args.heads or args.model).is_dir():
+        raise UserError(f"{args.heads or args.model} is on the hub: say with --tree FILE where to write the tree")
+    return heads, None, args.tree or str(Path(folder) / "tree.json")
 
 
 # ------------------------------------------------------------------------------------------------------- generating
@@ -158,18 +161,20 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads, path: str, args
     walk; a step's cost is measured (Sequoia, arXiv 2402.12374, sizes trees by cost likewise).
     """
     documents = own_texts(model, tokenizer, args)
-    ranks, own = zip(*(evaluate(model, heads, half, 4096, tokenizer.bos)[1:]
+    ranks, own = zip(*(evaluate(model, heads, half, 4096)[1:]
                        for half in (documents[::2], documents[1::2])), strict=True)
     hits = path_hits(ranks[0])
     depths = [d for d in (1, 2, 3, 4, 5, 6, 8, 12, 16) if d < heads.num_heads] if heads.kind == "hydra" else []
     grown = {json.dumps(paths): paths for nodes in TUNE_NODES for deepest in (*depths, heads.num_heads)
              if (paths := grow_tree(hits, nodes - 1, deepest))}
+    if not grown or not any(map(torch.any, own[1])):
+        raise UserError("no guess of these heads was right in any text: raise --max-new-tokens or train them longer")
     trees = [heads.tree(paths) for paths in grown.values()]
     longest = max(documents, key=len)
-    plain, *costs = step_seconds(model, heads, [None, *trees], (longest[:len(longest) // 2] // 2).tolist(), args)
+    plain, *costs = step_seconds(model, heads, [None, *trees], (longest[:len(longest) // 2] // 4).tolist(), args)
     rows = []
     for tree, cost in zip(trees, costs, strict=True):
-        per_step = walk(tree, ranks[1], own[1])[0]["tokens_per_step"]
+        per_step = walk(tree, ranks[1], own[1])["tokens_per_step"]
         rows.append({"nodes": len(tree.paths), "depth": len(tree.paths[-1]), "tokens_per_step": round(per_step, 4),
                      "step_ms": round(1000 * cost, 4), "tokens_per_second": round(per_step / cost, 1)})
     best = max(range(len(rows)), key=lambda i: rows[i]["tokens_per_second"])

@@ -9,10 +9,10 @@
 
 Heads learn to guess what the *base* will write, so text by the base itself trains them best, and needs nobody's data:
 it continues openings in batches, by the very step that generate.py decodes with.
-A token file is a stream of uint16 or uint32 as in nanoGPT, but an entry is 2 * id + loss: loss 1 where heads should
-learn the token (the text, or what the assistant or the model wrote), 0 where it is a prompt. Documents stand one after
-the other, `bos .. eos`, bos without loss. The JSON beside it holds the tokenizer's hash, the counts and the source; it
-is written last, so a file without it is not whole.
+A token file is a stream of uint16 or uint32 as in nanoGPT, but an entry is 4 * id + 2 * start + loss: start 1 where a
+document begins, loss 1 where heads should learn the token (the text, or what the assistant or the model wrote) and 0
+where it is a prompt or bos. Documents stand one after the other, with eos between. The JSON beside it holds the
+tokenizer's hash, the counts and the source; it is written last, so a file without it is not whole.
 """
 import hashlib
 import json
@@ -41,23 +41,26 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.path.read_bytes()).hexdigest()
 
 
-def entries(ids, loss: bool) -> np.ndarray:
-    """Token ids → entries of a token file."""
-    return np.asarray(ids, np.uint32) * 2 + loss
+def entries(ids, loss) -> np.ndarray:
+    """Token ids → entries of a token file, 4 * id + loss; `write_tokens` marks where a document starts."""
+    return np.asarray(ids, np.uint32) * 4 + loss
 
 
 def write_tokens(path, documents, tokenizer: Tokenizer, vocab_size: int, source: dict) -> dict:
     """Streams documents (arrays of entries) to `path` and the facts to `path`.json; a temporary name until whole."""
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder: --out names a file")
-    dtype = np.uint16 if vocab_size <= 2 ** 15 else np.uint32
-    counts = {"documents": 0, "tokens": 0, "loss_tokens": 0}
+    dtype = np.uint16 if vocab_size <= 2 ** 14 else np.uint32
+    counts, digest = {"documents": 0, "tokens": 0, "loss_tokens": 0}, hashlib.sha256()
     facts = Path(f"{path}.json")
 
     def write(temporary):
         with open(temporary, "wb") as file:
             for document in documents:
-                file.write(document.astype(dtype).tobytes())
+                document[0] |= 2
+                written = document.astype(dtype).tobytes()
+                file.write(written)
+                digest.update(written)
                 counts["documents"] += 1
                 counts["tokens"] += len(document)
                 counts["loss_tokens"] += int((document & 1).sum())
@@ -65,16 +68,16 @@ def write_tokens(path, documents, tokenizer: Tokenizer, vocab_size: int, source:
             raise UserError(f"{path}: nothing to write, the source holds no text")
         facts.unlink(missing_ok=True)          # from here to write_json there is no whole token file
     write_atomic(path, write)
-    data = {"dtype": np.dtype(dtype).name, **counts, "tokenizer_sha256": tokenizer_hash(tokenizer), "source": source}
+    data = {"dtype": np.dtype(dtype).name, **counts, "sha256": digest.hexdigest(),
+            "tokenizer_sha256": tokenizer_hash(tokenizer), "source": source}
     write_json(facts, data)
     return data
 
 
 def read_tokens(path, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The documents of a token file (2 * id + loss), as views of the mapped file.
+    """The documents of a token file, arrays of entries, as views of the mapped file.
 
-    A document starts at each bos without loss (a tokenizer that has none: after each eos). Raises UserError: no such
-    file, not whole, or written with another tokenizer.
+    Raises UserError: no such file, not whole, or written with another tokenizer.
     """
     path, facts = Path(path), Path(f"{path}.json")
     if not path.is_file():
@@ -82,7 +85,7 @@ def read_tokens(path, tokenizer: Tokenizer) -> list[np.ndarray]:
     if not facts.is_file():
         raise UserError(f"{facts} is missing: was the preparation of {path} interrupted? Run prepare_data.py again")
     data = read_json(facts)
-    if data.get("dtype") not in ("uint16", "uint32") or "loss_tokens" not in data:
+    if data.get("dtype") not in ("uint16", "uint32") or not {"sha256", "loss_tokens"} <= data.keys():
         raise UserError(f"{facts}: not a token file of this version: prepare it again")
     if data.get("tokenizer_sha256") != tokenizer_hash(tokenizer):
         raise UserError(f"{path} was written with another tokenizer than {tokenizer.path}: prepare it for this model")
@@ -92,12 +95,10 @@ def read_tokens(path, tokenizer: Tokenizer) -> list[np.ndarray]:
     if path.stat().st_size != expected:
         raise UserError(f"{path} has {path.stat().st_size} bytes, {facts.name} says {expected}: prepare it again")
     stream = np.memmap(path, data["dtype"], "r")
-    if stream.max() // 2 >= tokenizer.size:
-        raise UserError(f"{path} holds the id {stream.max() // 2}, the tokenizer only {tokenizer.size}: "
+    if stream.max() // 4 >= tokenizer.size:
+        raise UserError(f"{path} holds the id {stream.max() // 4}, the tokenizer only {tokenizer.size}: "
                         "prepare it again")
-    starts = np.flatnonzero(stream == 2 * tokenizer.bos[0]) if tokenizer.bos else \
-        np.flatnonzero(np.isin(stream // 2, tokenizer.eos)) + 1
-    return [d for d in np.split(stream, starts) if len(d)]
+    return np.split(stream, np.flatnonzero(stream & 2)[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
@@ -130,11 +131,20 @@ def json_lines(path):
             yield place, value
 
 
+def clean(text: str) -> str:
+    """Stripped, and half a character (JSON may hold one, where a text was cut) replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+
+
 def texts(path, separator: str):
     """The texts of a file, streamed, stripped, empty ones skipped; one longer than BATCH characters comes in pieces.
 
     A .jsonl file has a "text" in each line; in any other the texts stand between lines that hold only the separator.
     """
+    separator = separator.strip()
+    if Path(path).suffix == ".json":
+        raise UserError(f"{path}: texts are read from a plain file or a .jsonl; give conversations to --sharegpt")
+
     def between():
         lines, size = [], 0
         for line in chain(read_lines(path), [separator]):
@@ -151,7 +161,7 @@ def texts(path, separator: str):
                 raise UserError(f'{place}: expected an object with a "text"')
             yield value["text"]
     for text in fields() if Path(path).suffix == ".jsonl" else between():
-        if text := text.strip():
+        if text := clean(text):
             yield from (text[i:i + BATCH] for i in range(0, len(text), BATCH))
 
 
@@ -167,14 +177,14 @@ def conversations(path):
                 isinstance(t, dict) and isinstance(t.get("from"), str) and isinstance(t.get("value"), str)
                 for t in turns):
             raise UserError(f'{place}: expected {{"conversations": [{{"from": .., "value": ..}}, ..]}} as in ShareGPT')
-        turns = [(t["from"], t["value"].strip()) for t in turns]
+        turns = [(t["from"], clean(t["value"])) for t in turns]
         while turns and turns[0][0] != "human":
             turns.pop(0)
         rounds = []
-        for (role, question), (other, answer) in zip(turns[::2], turns[1::2], strict=False):
-            if (role, other) != ("human", "gpt") or not question or not answer:
+        for (role, asked), (other, answer) in zip(turns[::2], turns[1::2], strict=False):
+            if (role, other) != ("human", "gpt") or not asked or not answer:
                 break
-            rounds.append([question, answer])
+            rounds.append([asked, answer])
         if rounds:
             yield rounds
 
@@ -278,7 +288,7 @@ def answered_anew(talks: dict, tokenizer: Tokenizer, write, batch_size: int, con
         encoded = tokenizer.backend.encode_batch([question(i, rounds[i][0]) for rounds in open_talks.values()],
                                                  add_special_tokens=False)
         asked = {key: entries(e.ids, False) for key, e in zip(open_talks, encoded, strict=True)}
-        prompts = {key: (np.concatenate(done[key] + [asked[key]]) // 2).tolist() for key in asked}
+        prompts = {key: (np.concatenate(done[key] + [asked[key]]) // 4).tolist() for key in asked}
         prompts = {key: ids for key, ids in prompts.items() if len(ids) < context}
         answers = dict(continued(prompts, write, batch_size))
         for key, new in answers.items():
@@ -307,7 +317,8 @@ def arguments(argv=None):
                         "set: its first words are the human turn, the whole text the answer")
     parser.add_argument("--distill", action="store_true", help="the model itself continues the texts' first sentences, "
                         "or answers the conversations' questions")
-    parser.add_argument("--sentences", type=number(int, 1), default=1, help="of a text are continued with --distill")
+    parser.add_argument("--sentences", type=number(int, 1), default=1, help="with --distill: how many first sentences "
+                        "of a text the model gets")
     parser.add_argument("--heads", help="Medusa heads to write with (default: plain, faster for a batch on a CPU)")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=400, help="of a continuation or an answer")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0)
@@ -319,6 +330,12 @@ def arguments(argv=None):
 
 def source_items(args):
     """What the source holds: texts, or conversations (lists of rounds), split, limited, without doubles to continue."""
+    if args.first_words and (args.sharegpt or args.openings):
+        raise UserError("--first-words makes conversations of texts: give --text or --tinystories")
+    if args.heads and not (args.distill or args.openings):
+        raise UserError("--heads are for text that the model writes: add --distill")
+    if Path(args.out).resolve() in [Path(p).resolve() for p in (args.text, args.sharegpt, args.openings) if p]:
+        raise UserError(f"{args.out} is the source itself: give --out another name")
     if args.sharegpt:
         items = conversations(args.sharegpt)
     elif args.openings:
@@ -344,7 +361,8 @@ def distilled(args, items, config, tokenizer: Tokenizer):
     if not items:
         raise UserError("the source holds nothing to continue: write at least one opening or question a process")
     model = Llama.from_pretrained(args.model, device=args.device)
-    set_threads(model, rows=args.batch_size)
+    if world == 1:          # torchrun has set the threads of its processes
+        set_threads(model, rows=args.batch_size)
     heads = args.heads and MedusaHeads.from_pretrained(args.heads, model)
     tree = heads and load_tree(args.heads, heads)[0]
 

@@ -37,9 +37,9 @@ PUBLISHED_TREE = [[int(rank) for rank in path] for path in (
     "011 006 030 50 13 007 008 009 60 040 14 70 012 200 31 22 80 050 15 101 021 90 060 0001 16 070").split()]
 
 
-def published_tree(num_heads: int, nodes: int = 15) -> list[list[int]]:
-    """The first `nodes` paths of mc_sim_7b_63 that `num_heads` heads can draft."""
-    return [path for path in PUBLISHED_TREE if len(path) <= num_heads][:nodes]
+def published_tree(num_heads: int, nodes: int = 15, vocab_size: int = 10) -> list[list[int]]:
+    """The first `nodes` paths of mc_sim_7b_63 that `num_heads` heads with so many tokens to draft can have."""
+    return [path for path in PUBLISHED_TREE if len(path) <= num_heads and max(path) < vocab_size][:nodes]
 
 
 class Level(NamedTuple):
@@ -124,17 +124,15 @@ class Tree(NamedTuple):
         return "\n".join(["root", *lines(0, "")])
 
 
-def path_hits(ranks: list, places: list | None = None, widest: int = 32) -> Counter:
+def path_hits(ranks: list, widest: int = 32) -> Counter:
     """For each path of ranks below `widest`, the places where all of it was right (joint counts, not a product).
 
-    ranks: for each text [K, n], the rank that head k gave the right token at each place (0: its first guess);
-    places: for each text the bool [n] that says where to count, default everywhere.
+    ranks: for each text [K, n], the rank that head k gave the right token at each place (0: its first guess).
     """
     hits = Counter()
-    for i, rank in enumerate(ranks):
-        for place in (rank if places is None else rank[:, places[i]]).t().tolist():
-            right = list(itertools.takewhile(lambda r: r < widest, place))
-            hits.update(tuple(right[:depth]) for depth in range(1, len(right) + 1))
+    for place in itertools.chain.from_iterable(rank.t().tolist() for rank in ranks):
+        right = list(itertools.takewhile(lambda r: r < widest, place))
+        hits.update(tuple(right[:depth]) for depth in range(1, len(right) + 1))
     return hits
 
 
@@ -148,16 +146,16 @@ def grow_tree(hits: dict[tuple, int], nodes: int, deepest: int = ROTARY_SLACK) -
     return [list(path) for path in sorted(paths, key=lambda path: (-hits[path], len(path), path))[:nodes]]
 
 
-def walk(tree: Tree, ranks: list, own: list) -> tuple[dict, list]:
-    """Decodes known texts with a tree, from their ranks alone → what it reached, and for each text where steps began.
+def walk(tree: Tree, ranks: list, own: list) -> dict:
+    """Decodes known texts with a tree, from their ranks alone.
 
     ranks: see `path_hits`; own: for each text bool [n], where the root is a token of the model and another follows.
-    Exactly the steps of `generate`: one begins at the first place and the next where the last one ended. A mean over
-    all places instead would overstate, since steps land on the places that were hard to guess.
+    The steps of `generate`, but for ties: one begins at the first place and the next where the last one ended. A mean
+    over all places instead would overstate, since steps land on the places that were hard to guess.
     tokens_per_step: new tokens behind the first / steps. reach: the share of steps that accept each node (node order of
     `tree.paths`), depth_reach: that accept at least so many drafts.
     """
-    ends, begins = torch.zeros(len(tree.paths)), []
+    ends = torch.zeros(len(tree.paths))
     for rank, mine in zip(ranks, own, strict=True):
         node = torch.zeros(rank.shape[1], dtype=torch.long)             # the deepest right node at each place
         for i, path in enumerate(tree.paths[1:], 1):
@@ -167,14 +165,12 @@ def walk(tree: Tree, ranks: list, own: list) -> tuple[dict, list]:
             if allowed[place]:
                 begun.append(place)
             place += taken[place] if allowed[place] else 1
-        begins.append(torch.zeros(len(taken), dtype=torch.bool))
-        begins[-1][begun] = True
         ends += torch.bincount(node[begun], minlength=len(ends))
     steps = max(1, int(ends.sum()))
     reach = ends @ tree.ancestors.float() / steps                       # an accepted node's ancestors are accepted
     by_depth = torch.zeros(tree.path.shape[1]).index_add(0, tree.depth, reach)
     return {"tokens_per_step": sum(int(m.sum()) for m in own) / steps, "steps": int(ends.sum()),
-            "depth_reach": by_depth.tolist(), "reach": reach.tolist()}, begins
+            "depth_reach": by_depth.tolist(), "reach": reach.tolist()}
 
 
 # ------------------------------------------------------------------------------------------------------------ heads
@@ -369,7 +365,8 @@ def load_tree(folder, heads: MedusaHeads, given=None) -> tuple[Tree, str]:
     else the published one."""
     source = given if given is not None else locate(folder, "tree.json", required=False)
     if source is None:
-        return heads.tree(published_tree(heads.num_heads)), "mc_sim_7b_63, published"
+        paths = published_tree(heads.num_heads, vocab_size=heads.draft_size)
+        return heads.tree(paths), "mc_sim_7b_63, published"
     return heads.tree(read_tree(source)), str(source)
 
 
@@ -578,7 +575,8 @@ def start(model: Llama, prompts: list, max_new_tokens: int, nodes: int, path: in
     remaining = torch.tensor([min(max_new_tokens, context - len(p)) for p in prompts], device=device)
     uniform = uniforms(seeds, max_new_tokens + path if sampling.temperature else 1).to(device)
     root, token = Tree.root().to(device), torch.tensor([p[-1] for p in prompts], device=device)
-    # as if the prompt's last token were the root of a tree of one node, already verified
+    # as if the prompt's last token were the root of a tree of one node, already verified: its hidden state is the new
+    # one, those before it the recent ones (the roll puts it first, where `latest` drops it)
     state = State(cache, length - 1, token, last.roll(1, 1), torch.zeros_like(length), remaining, uniform)
     hidden = last[:, -1:]
     chosen, out, count = accept(root, token[:, None], model.lm_head(hidden), state, sampling, eos)

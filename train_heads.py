@@ -5,7 +5,7 @@
     python train_heads.py --data data/greedy.bin --out heads --resume                   # after Ctrl-C
     python train_heads.py --data data/held-out.bin --out heads --eval                   # what they are worth
     python train_heads.py --data data/greedy.bin --out new_model --medusa-2             # base and heads together
-    torchrun --nproc-per-node 2 train_heads.py --data data/greedy*.bin --out heads      # the same steps, shared
+    torchrun --nproc-per-node 2 train_heads.py --data data/greedy-*.bin --out heads     # the same steps, shared
 
 Head k = 1..K sees the base's hidden state at position t and learns the token at t + 1 + k (the base's own lm_head
 already guesses t + 1), where the token file says that it carries loss. Its loss is the mean cross entropy, weighted by
@@ -32,11 +32,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama import (DTYPES, SEED, ArgumentParser, Llama, Tokenizer, UserError, at_least_float32, command_line, device,
-                   locate, model_name, number, write_atomic, write_json)
+                   locate, model_name, number, read_json, write_atomic, write_json)
 from prepare_data import HELD_OUT, read_tokens, shard
 from tinymedusa import KINDS, MedusaHeads, grow_tree, load_tree, path_hits, set_threads, walk
 
 IGNORE = -100           # cross_entropy's own mark for positions that carry no loss
+MISS = 2 ** 30          # the rank of a token that a head can't draft, or of no label
 LOGITS = 2 ** 22        # logits in memory at once: positions are taken in chunks of LOGITS / (K D)
 HEADS_FIRST = 0.5       # --medusa-2: the share of the steps that trains the heads alone
 
@@ -77,12 +78,11 @@ class Batch(NamedTuple):
     next: Tensor       # [B T] the id 1 place on if it carries loss, or IGNORE: what the base itself should guess
 
 
-def make_batch(rows: list, num_heads: int, bos: list) -> Batch:
-    """Rows of entries (2 * id + loss), padded on the right; labels never cross from one document into the next."""
+def make_batch(rows: list, num_heads: int) -> Batch:
+    """Rows of entries, padded on the right; labels never cross from one document into the next."""
     width = max(map(len, rows)) + 1 + num_heads                # room for labels beyond the longest row
-    entries = torch.from_numpy(np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int64))
-    ids, loss = entries // 2, entries % 2 == 1                                              # [B, T + 1 + K]
-    document = torch.isin(entries, 2 * torch.tensor(bos, dtype=torch.long)).cumsum(1)       # each begins without loss
+    stream = torch.from_numpy(np.stack([np.pad(row, (0, width - len(row))) for row in rows]).astype(np.int64))
+    ids, loss, document = stream // 4, stream % 2 == 1, (stream & 2).cumsum(1)              # [B, T + 1 + K]
     length = width - 1 - num_heads
     ahead = lambda t, n: t[:, n:n + length]
     same = lambda n: ahead(loss, n) & (ahead(document, n) == ahead(document, 0))
@@ -109,23 +109,24 @@ def head_results(heads: MedusaHeads, batch: Batch, hidden: Tensor, distill: bool
     """hidden [B, T, H] → chunk by chunk, each head's summed cross entropy [K] and its label's rank [K, chunk].
 
     distill: against the base's own distribution where it chooses that token, instead of the token alone. Rank 0 is a
-    top-1 hit, V a token that the heads can't draft or no label; not ranked: all V, a quarter faster. A chunk's logits
-    are freed before the next one's.
+    top-1 hit (of equal logits the lower id comes first), MISS a token that the heads can't draft or no label; not
+    ranked: all MISS, a quarter faster. A chunk's logits are freed before the next one's.
     """
     chunk, length = max(1, LOGITS // (heads.num_heads * heads.draft_size)), hidden.shape[1]
     back = torch.arange(heads.recent, device=hidden.device)
     padded, hidden = F.pad(hidden, (0, 0, heads.recent - 1, 0)), hidden.flatten(0, 1)       # zeros in front of a row
     for i in range(0, len(batch.index), chunk):
-        at, ids = batch.index[i:i + chunk], batch.labels[:, i:i + chunk]
-        labels = draft_labels(heads, ids)                                                           # [K, chunk]
+        at, labels = batch.index[i:i + chunk], draft_labels(heads, batch.labels[:, i:i + chunk])
         recent = padded[(at // length)[:, None], (at % length)[:, None] + back]                     # [chunk, R, H]
         logits = heads.all_logits(recent, batch.tokens[i:i + chunk])                                # [K, chunk, D]
         logits = logits.to(at_least_float32(logits.dtype))
-        rank = torch.full_like(labels, heads.vocab_size)
+        rank = torch.full_like(labels, MISS)
         if ranked:
             with torch.no_grad():
-                target = logits.gather(2, labels.clamp(min=0)[..., None])
-                rank = (logits > target).sum(-1).masked_fill(labels == IGNORE, heads.vocab_size)
+                place = labels.clamp(min=0)[..., None]
+                target, ids = logits.gather(2, place), torch.arange(heads.draft_size, device=labels.device)
+                before = ~(logits <= target) | (logits == target) & (ids < place)       # so NaN never is a hit
+                rank = before.sum(-1).masked_fill(labels == IGNORE, MISS)
         if distill:
             with torch.no_grad():
                 later = at + torch.arange(1, heads.num_heads + 1, device=at.device)[:, None]        # [K, chunk]
@@ -158,7 +159,7 @@ def base_results(model: Llama, hidden: Tensor, batch: Batch, original=None):
 # ------------------------------------------------------------------------------------------------- what heads are worth
 
 @torch.no_grad()
-def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: int, bos: list):
+def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: int):
     """(figures, ranks, own) on some documents; ranks and own: for each document, see `tinymedusa.walk`.
 
     head_loss: mean cross entropy of each head's drafted tokens, nats. top: for each head, the share of the tokens to
@@ -166,7 +167,7 @@ def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: in
     """
     ranks, owns, losses, base_loss, tokens, labels = [], [], 0.0, 0.0, 0, 0
     for rows in tqdm(length_batches(documents, batch_tokens, 0), desc="evaluating", disable=shard()[0] > 0):
-        batch = to_device(make_batch(rows, heads.num_heads, bos), model)
+        batch = to_device(make_batch(rows, heads.num_heads), model)
         hidden = model(batch.ids)                                                                   # [B, T, H]
         base_loss += sum(float(loss) for loss in base_results(model, hidden.flatten(0, 1), batch))
         tokens += int((batch.next != IGNORE).sum())
@@ -183,7 +184,7 @@ def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: in
         raise UserError("the documents hold nothing for the heads to guess: give longer ones")
     every = torch.cat(ranks, 1)
     rounded = lambda values: [round(v, 4) for v in values.tolist()]
-    drafted = (every < heads.vocab_size).sum(1).clamp(min=1)
+    drafted = (every < MISS).sum(1).clamp(min=1)
     top = torch.stack([(every <= r).sum(1) / labels.cpu().clamp(min=1) for r in range(10)], 1)               # [K, 10]
     return {"documents": len(documents), "head_loss": rounded(losses.cpu() / drafted),
             "top": [rounded(head) for head in top], "base_loss": round(base_loss / max(1, tokens), 4)}, ranks, owns
@@ -191,7 +192,7 @@ def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: in
 
 def acceptance(tree, ranks: list, own: list) -> dict:
     """`walk`'s figures, rounded, the nodes by their paths."""
-    found, _ = walk(tree, ranks, own)
+    found = walk(tree, ranks, own)
     names = (" ".join(map(str, path)) or "root" for path in tree.paths)
     return {"nodes": len(tree.paths), "tokens_per_step": round(found["tokens_per_step"], 4), "steps": found["steps"],
             "depth_reach": [round(v, 4) for v in found["depth_reach"]],
@@ -251,7 +252,7 @@ def backward(model: Llama, heads: MedusaHeads, batch: Batch, original: Llama | N
 
 
 def train_step(model: Llama, heads: MedusaHeads, batches: list, original: Llama | None, weights: Tensor,
-               trained: list, args, bos: list, ranked: bool, asked: bool) -> tuple[Tensor, int, bool]:
+               trained: list, args, ranked: bool, asked: bool) -> tuple[Tensor, int, bool]:
     """Leaves in the `trained` parameters the gradient of the mean loss over the rows of some batches.
 
     Of several processes each takes every so many-th row; sums and not means are exchanged, so that they make the very
@@ -259,7 +260,7 @@ def train_step(model: Llama, heads: MedusaHeads, batches: list, original: Llama 
     mean loss, top-1 and top-5 [3, K], the tokens with loss, and whether any process was asked to stop.
     """
     rank, world = shard()
-    own = [make_batch(rows[rank::world], heads.num_heads, bos) for rows in batches if rows[rank::world]]
+    own = [make_batch(rows[rank::world], heads.num_heads) for rows in batches if rows[rank::world]]
     own = [to_device(batch, model) for batch in own]
     labels = sum(((b.labels != IGNORE).sum(1) for b in own), torch.zeros_like(weights, dtype=torch.long))
     drafted = sum(((draft_labels(heads, b.labels) != IGNORE).sum(1) for b in own), torch.zeros_like(labels))
@@ -287,7 +288,7 @@ def interruptible():
             signal.signal(n, handler)
 
 
-def train(model: Llama, heads: MedusaHeads, documents: list, args, bos: list) -> None:
+def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
     """Trains the heads in place, and with args.medusa_2 the base; writes metrics.jsonl and checkpoint.pt to args.out.
 
     Everything of a step follows from the seed and its number, the data's order too, so a resumed training has the very
@@ -321,7 +322,7 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args, bos: list) ->
             logged = step == steps or step % args.log_every == 0
             figures, tokens, stop = train_step(
                 model, heads, batches[(step - 1) * args.accumulate:step * args.accumulate], original if joint else None,
-                weights, trained, args, bos, logged, bool(asked))
+                weights, trained, args, logged, bool(asked))
             if args.clip:
                 torch.nn.utils.clip_grad_norm_(trained, args.clip)
             optimizer.step()
@@ -330,6 +331,8 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args, bos: list) ->
             seen += tokens
             if logged:
                 loss, top1, top5 = figures.tolist()
+                if not math.isfinite(sum(loss)):
+                    raise UserError(f"the loss is no longer finite at step {step}: train again with a lower --lr")
                 line = {"step": step, "loss": float(weights @ figures[0]), "head_loss": loss, "top1": top1,
                         "top5": top5, "lr": rate * args.lr, "tokens_per_second": seen / (time.perf_counter() - begin)}
                 log.append(json.dumps(line))
@@ -340,18 +343,21 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args, bos: list) ->
                 if shard()[0] == 0:
                     save_checkpoint(checkpoint, model, heads, optimizer, step, args)
                 if stop:
+                    all_reduce(torch.zeros(1, device=weights.device))      # none leaves before all are here
                     raise KeyboardInterrupt
     heads.borrow(model.requires_grad_(False))
 
 
 def settings(args) -> dict:
-    """What a resumed training must share with the one it goes on with."""
-    free = ("resume", "eval", "device", "out", "save_every", "log_every", "tree_nodes")
-    return {k: v for k, v in vars(args).items() if k not in free}
+    """What a resumed training must share with the one it goes on with; of the data, the contents."""
+    free = ("resume", "eval", "json", "device", "out", "save_every", "log_every", "tree_nodes", "data")
+    digests = [read_json(f"{path}.json").get("sha256") for path in args.data]
+    return {k: v for k, v in vars(args).items() if k not in free} | {"data": digests, "processes": shard()[1]}
 
 
 def save_checkpoint(path, model, heads, optimizer, step: int, args) -> None:
-    state = {"step": step, "heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "settings": settings(args)}
+    state = {"step": step, "heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
+             "settings": settings(args), "threads": torch.get_num_threads()}
     if args.medusa_2:
         state["model"] = model.state_dict()
     write_atomic(path, lambda p: torch.save(state, p))
@@ -361,19 +367,22 @@ def load_checkpoint(path, model, heads, optimizer, args) -> int:
     """Puts everything back → the steps done."""
     try:
         state = torch.load(path, map_location=heads.borrowed[0].device, weights_only=True)
+        for key, value in settings(args).items():
+            if state["settings"][key] != value:
+                raise UserError(f"{path} was trained with {key} {state['settings'][key]!r}, not {value!r}: "
+                                "resume with the same data and options")
+        heads.load_state_dict(state["heads"])
+        optimizer.load_state_dict(state["optimizer"])
+        if args.medusa_2:
+            model.load_state_dict(state["model"])
+        torch.set_num_threads(state["threads"])              # sums of another order would differ in the last bit
+        return state["step"]
     except FileNotFoundError:
         raise UserError(f"{path}: no checkpoint to resume from: train without --resume") from None
-    except Exception as error:  # torch.load raises whatever unpickling does
-        raise UserError(f"can't read {path}: {error}") from error
-    for key, value in settings(args).items():
-        if state["settings"].get(key) != value:
-            raise UserError(f"{path} was trained with {key} {state['settings'].get(key)!r}, not {value!r}: "
-                            "resume with the same options")
-    heads.load_state_dict(state["heads"])
-    optimizer.load_state_dict(state["optimizer"])
-    if args.medusa_2:
-        model.load_state_dict(state["model"])
-    return state["step"]
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # torch raises whatever unpickling and loading do
+        raise UserError(f"can't read {path}: {type(error).__name__} {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -399,8 +408,8 @@ def arguments(argv=None):
     add("--medusa-2", action="store_true", help=f"after the first {HEADS_FIRST:.0%} of the steps train the base too, "
         "held to its old self by a KL term; writes a whole model, its heads in medusa/")
     add("--epochs", type=number(int, 1), default=2)
-    add("--lr", type=number(float, 0), default=1e-3, help="of the heads")
-    add("--base-lr", type=number(float, 0), default=1e-4, help="of the base (--medusa-2)")
+    add("--lr", type=number(float, 0, 10), default=1e-3, help="of the heads")
+    add("--base-lr", type=number(float, 0, 10), default=1e-4, help="of the base (--medusa-2)")
     add("--schedule", choices=("cosine", "constant"), default="cosine")
     add("--warmup", type=number(int, 0), default=40, help="steps")
     add("--decay", type=number(float, 0), default=0.8, help="head k's loss counts coefficient * decay**k")
@@ -437,17 +446,18 @@ def report(result: dict) -> str:
 
 def most_frequent(documents: list, size: int, vocab_size: int) -> Tensor:
     """The `size` ids that carry loss most often, ascending."""
-    entries = np.concatenate(documents)
-    counts = np.bincount(entries[entries % 2 == 1] // 2, minlength=vocab_size)
+    stream = np.concatenate(documents)
+    counts = np.bincount(stream[stream % 2 == 1] // 4, minlength=vocab_size)
     return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
 
 
 def save(args, model: Llama, heads: MedusaHeads) -> Path:
     """Writes heads, or with --medusa-2 the new base in HF's layout with its tokenizer → the heads' folder.
 
-    In the base's own dtype, as it was stored.
+    Heads in the dtype that their base is stored in; with --medusa-2 all in float32, lest small updates be rounded away.
     """
-    out, dtype = Path(args.out), DTYPES[model.config.dtype]
+    out, dtype = Path(args.out), torch.float32 if args.medusa_2 else DTYPES[model.config.dtype]
+    (out / "tree.json").unlink(missing_ok=True)              # an older one does not fit
     if not args.medusa_2:
         heads.save(out, model_name(args.model), dtype)
         return out
@@ -463,34 +473,40 @@ def main():
     args = arguments()
     if Path(args.out).is_file():
         raise UserError(f"{args.out} is a file: --out names a folder")
+    if Path(args.out).resolve() == Path(args.model).resolve():
+        raise UserError(f"{args.out} is the model's own folder: give --out another one, such as {args.out}/medusa")
     rank, world = shard()
     if world > 1:
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device.startswith("cuda") else args.device
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        cuda = args.device.startswith("cuda")
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        except ValueError as error:
+            raise UserError(f"WORLD_SIZE is {world}, but: {error}: start it with torchrun") from error
     torch.manual_seed(args.seed)
     model = Llama.from_pretrained(args.model, device=args.device, dtype=torch.float32 if args.medusa_2 else None)
-    set_threads(model, rows=64)
+    if world == 1:          # torchrun has set the threads of its processes
+        set_threads(model, rows=64)
     tokenizer = Tokenizer(args.model, model.config)
     context = min(args.pack or math.inf, model.config.max_position_embeddings)
-    documents = [d for path in args.data for d in read_tokens(path, tokenizer)]
+    documents = [d for path in args.data for d in read_tokens(path, tokenizer) if len(d) > 2]
     held_out = cut(documents if args.eval else documents[::HELD_OUT], model.config.max_position_embeddings)
     out = {"out": str(args.out)}
     if args.eval:
         heads = MedusaHeads.from_pretrained(args.out, model)
         tree, _ = load_tree(args.out, heads)
-        figures, ranks, own = evaluate(model, heads, held_out, args.batch_tokens, tokenizer.bos)
+        figures, ranks, own = evaluate(model, heads, held_out, args.batch_tokens)
     else:
         documents = [d for i, d in enumerate(documents) if i % HELD_OUT]
         documents = cut([np.concatenate(documents)] if args.pack and documents else documents, context)
-        documents = [d for d in documents if len(d) > 2]
         if not documents:
             raise UserError(f"{' and '.join(args.data)}: at least 2 documents of 3 tokens are needed, one is held out")
         token_map = args.draft_vocab and most_frequent(documents, args.draft_vocab, model.config.vocab_size)
         heads = MedusaHeads.untrained(model, args.num_heads, num_layers=args.num_layers, width=args.width,
                                       tie_lm_head=args.tie_lm_head, kind=args.kind, recent=args.recent,
                                       token_map=token_map)
-        before = args.medusa_2 and evaluate(model, heads, held_out, args.batch_tokens, tokenizer.bos)[0]["base_loss"]
-        train(model, heads, documents, args, tokenizer.bos)
+        before = args.medusa_2 and evaluate(model, heads, held_out, args.batch_tokens)[0]["base_loss"]
+        train(model, heads, documents, args)
         if world > 1:
             dist.barrier()                 # none may leave while another still listens
             dist.destroy_process_group()
@@ -498,7 +514,7 @@ def main():
             return
         folder = save(args, model, heads)
         heads = MedusaHeads.from_pretrained(folder, model)                       # as stored
-        figures, ranks, own = evaluate(model, heads, held_out, args.batch_tokens, tokenizer.bos)
+        figures, ranks, own = evaluate(model, heads, held_out, args.batch_tokens)
         paths = grow_tree(path_hits(ranks), args.tree_nodes)
         write_json(folder / "tree.json", {"paths": paths, "source": f"joint hits at {sum(map(len, own))} held-out "
                                           "places of the heads' own data"})

@@ -40,7 +40,7 @@ def held_out_loss(model, tokenizer, path) -> dict:
     stories = list(texts(path, "<|endoftext|>"))
     nats, tokens = 0.0, 0
     for document in tqdm(tokenised(iter(stories), tokenizer), total=len(stories), desc="held-out loss"):
-        ids = torch.from_numpy(document.astype("int64") // 2)
+        ids = torch.from_numpy(document.astype("int64") // 4)
         log_probs = model.lm_head(model(ids[None, :-1])[0]).log_softmax(-1)
         nats -= log_probs.gather(1, ids[1:, None]).sum().item()
         tokens += len(ids) - 1

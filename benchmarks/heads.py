@@ -73,7 +73,7 @@ def main():
           f"{'off':>7}{'draft ms':>9}{'step ms':>8}{'tokens/s':>9}")
     for folder in args.folders:
         heads = MedusaHeads.from_pretrained(folder, model)
-        halves = [evaluate(model, heads, half, 4096, tokenizer.bos)[1:] for half in (documents[::2], documents[1::2])]
+        halves = [evaluate(model, heads, half, 4096)[1:] for half in (documents[::2], documents[1::2])]
         hits = path_hits(halves[0][0])
         for nodes in args.nodes:
             trees = {"own": grow_tree(hits, nodes - 1)}
@@ -85,7 +85,7 @@ def main():
                     trees[name] = paths                        # of several with the same first nodes the first
             for name, paths in trees.items():
                 tree = heads.tree(paths)
-                forecast = walk(tree, *halves[1])[0]["tokens_per_step"]
+                forecast = walk(tree, *halves[1])["tokens_per_step"]
                 measured = decode(model, prompts, heads, tree, args)
                 times = [timed(model, prompts[0], heads, tree, args) for _ in range(0 if args.no_times else 3)]
                 draft, step = map(statistics.median, zip(*times, strict=True)) if times else (0, 0)

@@ -24,7 +24,7 @@ def build(documents, longest):
     """Context (tuple of 1 to `longest` ids) → the id that followed most often."""
     counts = defaultdict(Counter)
     for document in tqdm(documents, desc="counting"):
-        ids = (document // 2).tolist()
+        ids = (document // 4).tolist()
         for i in range(1, len(ids)):
             for n in range(1, min(longest, i) + 1):
                 counts[tuple(ids[i - n:i])][ids[i]] += 1

@@ -41,15 +41,15 @@ def test_text_to_tokens_and_back(tmp_path, tokenizer):
     assert list(texts(tmp_path / "s.jsonl", "-")) == stories
     facts = write_tokens(tmp_path / "s.bin", tokenised(iter(stories), tokenizer), tokenizer, 300, {"text": "s"})
     documents = read_tokens(tmp_path / "s.bin", tokenizer)
-    assert [tokenizer.decode(d // 2) for d in documents] == stories
+    assert [tokenizer.decode(d // 4) for d in documents] == stories
     assert all((d % 2).sum() == len(d) - 1 for d in documents)
-    assert all(d[0] // 2 == 1 and d[-1] // 2 == 2 and 1 not in d[1:] // 2 for d in documents)
+    assert all(d[0] == 6 and d[-1] // 4 == 2 and 1 not in d[1:] // 4 for d in documents)
     assert facts == json.loads((tmp_path / "s.bin.json").read_text()) and facts["dtype"] == "uint16"
     assert facts["documents"] == 3 and facts["tokens"] == sum(map(len, documents)) and facts["source"] == {"text": "s"}
-    facts = write_tokens(tmp_path / "wide.bin", [entries([1, 299, 2], True), entries([1, 4, 2], [0, 1, 1])], tokenizer,
-                         80000, {})
+    two = [entries([1, 299, 2], True), entries([1, 4, 2], np.array([0, 1, 1]))]
+    facts = write_tokens(tmp_path / "wide.bin", two, tokenizer, 80000, {})
     assert facts["dtype"] == "uint32" and (tmp_path / "wide.bin").stat().st_size == 4 * 6 and facts["loss_tokens"] == 5
-    assert [d.tolist() for d in read_tokens(tmp_path / "wide.bin", tokenizer)] == [[3, 599, 5], [2, 9, 5]]
+    assert [d.tolist() for d in read_tokens(tmp_path / "wide.bin", tokenizer)] == [[7, 1197, 9], [6, 17, 9]]
 
 
 def test_a_text_without_separators_comes_in_pieces(tmp_path, monkeypatch):
@@ -65,7 +65,7 @@ def test_special_tokens_in_a_text_are_text(tmp_path, tokenizer, cli, tiny_folder
     (tmp_path / "s.txt").write_text("a <s> b </s> c\n<|endoftext|>\nd")
     cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out", tmp_path / "s.bin")
     documents = read_tokens(tmp_path / "s.bin", Tokenizer(tiny_folder, LlamaConfig(vocab_size=300)))
-    assert [tokenizer.decode(d // 2) for d in documents] == ["a <s> b </s> c", "d"]
+    assert [tokenizer.decode(d // 4) for d in documents] == ["a <s> b </s> c", "d"]
 
 
 # --------------------------------------------------------------------------------------------------- conversations
@@ -80,7 +80,7 @@ def test_conversations(tokenizer):
 def test_the_template_and_its_loss(tokenizer):
     """vicuna_v1.1 to the letter, and loss on the answers with their leading space and eos, on nothing else."""
     document, = rendered(iter([[["What is 2 squared?", "Four."], ["And of four?", "Sixteen <s>."]]]), tokenizer)
-    ids, loss = document // 2, document % 2 == 1
+    ids, loss = document // 4, document % 2 == 1
     system = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
               "detailed, and polite answers to the user's questions.")
     assert tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False) == (
@@ -102,11 +102,11 @@ def test_the_originals_own_set(tiny_folder, tmp_path, cli):
                             tmp_path / "o.bin", *more)
     assert run("--limit", 2, "--first-words", 5)[0] == 0
     tokenizer = Tokenizer(tiny_folder, LlamaConfig(vocab_size=300))
-    decoded = [tokenizer.decode(d // 2) for d in read_tokens(tmp_path / "o.bin", tokenizer)]
+    decoded = [tokenizer.decode(d // 4) for d in read_tokens(tmp_path / "o.bin", tokenizer)]
     assert [d.partition("USER: ")[2] for d in decoded] == [
         "Once upon a time there ASSISTANT: Once upon a time there was a dog.", "The end ASSISTANT: The end"]
     assert run("--split", "validation")[0] == 0
-    assert [tokenizer.decode(d // 2) for d in read_tokens(tmp_path / "o.bin", tokenizer)] == ["A held out one"]
+    assert [tokenizer.decode(d // 4) for d in read_tokens(tmp_path / "o.bin", tokenizer)] == ["A held out one"]
 
 
 @pytest.mark.parametrize("name, text, says", [
@@ -124,6 +124,25 @@ def test_bad_sources_are_named(name, text, says, tiny_folder, tmp_path, cli):
     assert status == 2 and says in err and "Traceback" not in err and not out and not list(tmp_path.glob("*a.bin*"))
 
 
+def test_half_characters_and_odd_separators(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d b"}')
+    assert list(texts(tmp_path / "a.jsonl", "-")) == ["a \N{REPLACEMENT CHARACTER} b"]
+    (tmp_path / "a.json").write_text(
+        '[{"conversations": [{"from": "human", "value": "\\udc00"}, {"from": "gpt", "value": "b"}]}]')
+    assert list(conversations(tmp_path / "a.json")) == [[["\N{REPLACEMENT CHARACTER}", "b"]]]
+    (tmp_path / "a.txt").write_text("one\n --- \ntwo")
+    assert list(texts(tmp_path / "a.txt", " --- ")) == ["one", "two"]
+
+
+def test_documents_need_no_bos(tmp_path):
+    """A tokenizer without bos, texts cut without eos: the file itself says where a document starts."""
+    byte_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer(tmp_path, LlamaConfig(vocab_size=300, bos_token_id=None))
+    documents = [[5, 6, 7], [8, 2, 9, 2], [4]]
+    write_tokens(tmp_path / "a.bin", (entries(d, True) for d in documents), tokenizer, 300, {})
+    assert [(d // 4).tolist() for d in read_tokens(tmp_path / "a.bin", tokenizer)] == documents
+
+
 def test_splits_and_limits(tiny_folder, tmp_path, cli):
     (tmp_path / "s.jsonl").write_text("\n".join(json.dumps({"text": f"story {i}"}) for i in range(120)))
     tokenizer = Tokenizer(tiny_folder, LlamaConfig(vocab_size=300))
@@ -131,7 +150,7 @@ def test_splits_and_limits(tiny_folder, tmp_path, cli):
     def numbers(*more):
         assert cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.jsonl", "--out", tmp_path / "s.bin",
                    *more)[0] == 0
-        return [int(tokenizer.decode(d // 2).split()[1]) for d in read_tokens(tmp_path / "s.bin", tokenizer)]
+        return [int(tokenizer.decode(d // 4).split()[1]) for d in read_tokens(tmp_path / "s.bin", tokenizer)]
     assert numbers("--split", "validation") == [0, 50, 100] and numbers("--limit", 3) == [0, 1, 2]
     train = numbers("--split", "train")
     assert len(train) == 117 and not {0, 50, 100} & set(train)
@@ -166,7 +185,7 @@ def edit(path, **change):
     (lambda f: f.write_bytes(f.read_bytes()[:-2]), "has 4 bytes, a.bin.json says 6"),
     (lambda f: f.with_name("a.bin.json").write_text('{"dtype": "uint16"}'), "not a token file of this version"),
     (lambda f: edit(f, tokens=None), "tokens is None"),
-    (lambda f: f.write_bytes(b"\1\0\0\5\2\0"), "holds the id 640, the tokenizer only 300"),
+    (lambda f: f.write_bytes(b"\1\0\0\5\2\0"), "holds the id 320, the tokenizer only 300"),
     (lambda f: byte_tokenizer(f.with_name("tokenizer.json"), 280), "written with another tokenizer"),
 ])
 def test_damaged_files_are_refused(tmp_path, tokenizer, damage, says):
@@ -201,7 +220,7 @@ def test_self_distilled_text_is_what_each_opening_gives_alone(temperature, medus
     alone = []
     for seed, o in openings.items():
         new = [t for s in generate(model, [o], 30, sampling=Sampling(temperature), seeds=[seed]) for t in s[0]]
-        alone.append([2 * t for t in o] + [2 * t + 1 for t in new])              # what the model wrote carries loss
+        alone.append([4 * t for t in o] + [4 * t + 1 for t in new])              # what the model wrote carries loss
     assert sorted(d.tolist() for d in documents) == sorted(alone)
 
 
@@ -223,9 +242,9 @@ def test_conversations_answered_anew(tokenizer):
             ids, loss = ids + asked + new, loss + [0] * len(asked) + [1] * len(new)
             if new[-1] != 2:
                 break
-        expected.append([2 * i + m for i, m in zip(ids, loss, strict=True)])
+        expected.append([4 * i + m for i, m in zip(ids, loss, strict=True)])
     assert [d.tolist() for d in documents] == expected and len(set(map(len, expected))) == 3
-    assert sum(d.count(5) for d in expected) >= 3                                # several answers ended with eos
+    assert sum(d.count(9) for d in expected) >= 3                                # several answers ended with eos
 
 
 def test_openings_are_first_sentences():
@@ -243,7 +262,7 @@ def test_the_commands(tiny_folder, tmp_path, cli):
     def run(*more):
         status, out, err = cli("prepare_data", "--model", tiny_folder, "--out", tmp_path / "d" / "o.bin", *more)
         assert status == 0, err
-        return out, err, [tokenizer.decode(d // 2) for d in read_tokens(tmp_path / "d" / "o.bin", tokenizer)]
+        return out, err, [tokenizer.decode(d // 4) for d in read_tokens(tmp_path / "d" / "o.bin", tokenizer)]
     out, err, written = run("--openings", tmp_path / "openings.txt", "--max-new-tokens", 9, "--temperature", 1)
     assert "3 documents" in out and "100%" in err                                # the doubled opening counts once
     assert all(d.startswith(("the dog", "once upon", "a time")) for d in written)

@@ -168,6 +168,10 @@ def test_the_healthy_folder_is_fine(tiny_folder, cli):
     (["--text", "fine.txt", "--out", "a.bin", "--limit", "0"], "--limit: '0' is not a whole number of at least 1"),
     (["--text", "fine.txt", "--out", "a.bin", "--device", "warp"], "--device: 'warp' can't be used here"),
     (["--text", "fine.txt", "--out", "."], ". is a folder: --out names a file"),
+    (["--text", "fine.txt", "--out", "fine.txt"], "fine.txt is the source itself"),
+    (["--text", "fine.txt", "--heads", "h", "--out", "a.bin"], "add --distill"),
+    (["--text", "fine.json", "--out", "a.bin"], "give conversations to --sharegpt"),
+    (["--openings", "fine.txt", "--first-words", "3", "--out", "a.bin"], "give --text or --tinystories"),
     (["--openings", "long.txt", "--out", "a.bin"], "the context holds 64: shorten the prompt"),
     (["--text", "fine.txt", "--out", "fine.txt/a.bin"], "can't write fine.txt/a.bin"),
 ])
@@ -187,7 +191,7 @@ def test_prepare_data(args, says, tiny_folder, tmp_path, cli, monkeypatch):
     (["--data", "none.bin"], "no token file none.bin"),
     (["--data", "half.bin"], "was the preparation of half.bin interrupted"),
     (["--data", "half.bin", "--num-heads", "0"], "--num-heads: '0' is not a whole number from 1 to 64"),
-    (["--data", "half.bin", "--lr", "nan"], "--lr: 'nan' is not a number of at least 0"),
+    (["--data", "half.bin", "--lr", "nan"], "--lr: 'nan' is not a number from 0 to 10"),
     (["--data", "half.bin", "--out", "half.bin"], "half.bin is a file: --out names a folder"),
     ([], "the following arguments are required: --data"),
 ])

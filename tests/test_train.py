@@ -15,7 +15,7 @@ from conftest import ROOT, tiny_heads, tiny_llama
 from safetensors.torch import load_file
 
 import train_heads
-from llama import Llama, UserError, model_name
+from llama import Llama, UserError, model_name, write_json
 from prepare_data import continuations, entries
 from tinymedusa import GREEDY, KINDS, MedusaHeads, generate, grow_tree, path_hits, walk
 from train_heads import IGNORE, evaluate, head_results, learning_rate, length_batches, make_batch, train
@@ -24,7 +24,9 @@ x = IGNORE
 
 
 def options(tmp_path, *more):
-    return train_heads.arguments(["--data", "-", "--out", str(tmp_path), "--warmup", "1", *map(str, more)])
+    write_json(tmp_path / "d.json", {"sha256": "the same"})
+    return train_heads.arguments(["--data", str(tmp_path / "d"), "--out", str(tmp_path), "--warmup", "1",
+                                  *map(str, more)])
 
 
 def text(ids):
@@ -39,7 +41,7 @@ def texts(number=4, length=20):
 
 def test_head_k_learns_the_token_k_plus_1_places_on():
     """The family's commonest bug is to be off by one: head 1 at position t is taught ids[t + 2]."""
-    batch = make_batch([text([10, 11, 12, 13]), text([20, 21])], 3, [1])
+    batch = make_batch([text([10, 11, 12, 13]), text([20, 21])], 3)
     assert batch.ids.tolist() == [[1, 10, 11, 12, 13], [1, 20, 21, 0, 0]]
     assert batch.index.tolist() == [0, 1, 2, 5] and batch.row.tolist() == [0, 0, 0, 1]
     assert batch.labels.tolist() == [[11, 12, 13, 21], [12, 13, x, x], [13, x, x, x]]
@@ -50,7 +52,7 @@ def test_head_k_learns_the_token_k_plus_1_places_on():
 def test_prompts_carry_no_loss_and_no_step_begins_in_them():
     """Question, answer, question, answer: [1 5 6] 7 8 9 2 [10 11] 12 2."""
     ids, loss = [1, 5, 6, 7, 8, 9, 2, 10, 11, 12, 2], np.array([0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1])
-    batch = make_batch([entries(ids, loss)], 2, [1])
+    batch = make_batch([entries(ids, loss)], 2)
     labels = {i: batch.labels[:, j].tolist() for j, i in enumerate(batch.index.tolist())}
     assert labels == {0: [x, 7], 1: [7, 8], 2: [8, 9], 3: [9, 2], 4: [2, x], 6: [x, 12], 7: [12, 2], 8: [2, x]}
     own = dict(zip(batch.index.tolist(), batch.own.tolist(), strict=True))
@@ -60,7 +62,8 @@ def test_prompts_carry_no_loss_and_no_step_begins_in_them():
 
 def test_packed_rows_ask_nothing_across_a_boundary():
     stream = np.concatenate([text([5, 6, 2]), text([7, 8, 9, 2])])
-    batch = make_batch(train_heads.cut([stream], 8), 2, [1])
+    stream[[0, 4]] |= 2                                                          # where the two begin
+    batch = make_batch(train_heads.cut([stream], 8), 2)
     labels = {i: batch.labels[:, j].tolist() for j, i in enumerate(batch.index.tolist())}
     assert labels == {0: [6, 2], 1: [2, x], 4: [8, 9], 5: [9, x]}      # the last 2 stands alone in the second row
     assert batch.next[:8].tolist() == [5, 6, 2, x, 7, 8, 9, x]
@@ -74,7 +77,7 @@ def test_losses_and_ranks_against_their_definition(kind, token_map, distill, mon
     monkeypatch.setattr(train_heads, "LOGITS", 5 * 2 * 12)                       # a few places at a time
     model = tiny_llama().requires_grad_(False)
     heads, documents = tiny_heads(model, 2, kind=kind, token_map=token_map, recent=3), texts(3, 9)
-    batch = make_batch(documents, 2, [1])
+    batch = make_batch(documents, 2)
     with torch.no_grad():
         hidden = model(batch.ids)
         results = list(head_results(heads, batch, hidden, distill))
@@ -89,7 +92,7 @@ def test_losses_and_ranks_against_their_definition(kind, token_map, distill, mon
                 recent = torch.cat((torch.zeros(2, 32), hidden[row]))[None, t:t + 3]             # hidden of t - 2 .. t
                 logits = heads.all_logits(recent, torch.tensor([(text + [0, 0])[t + 1:t + 3]]))[k, 0]
                 known = label in ids
-                ranks[k].append(int((logits > logits[ids.index(label)]).sum()) if known else 12)
+                ranks[k].append(int((logits > logits[ids.index(label)]).sum()) if known else train_heads.MISS)
                 if known:
                     teacher = model.lm_head(hidden[row, t + 1 + k])[ids].softmax(-1)     # where the base guesses label
                     losses[k] -= (teacher * logits.log_softmax(-1)).sum() if distill else \
@@ -102,7 +105,7 @@ def trained(tmp_path, documents, *more, heads=None, **over):
     model = tiny_llama(**over)
     heads = heads or tiny_heads(model, 2)
     heads.borrow(model)
-    train(model, heads, documents, options(tmp_path, "--batch-tokens", 50, "--lr", 1e-2, *more), [1])
+    train(model, heads, documents, options(tmp_path, "--batch-tokens", 50, "--lr", 1e-2, *more))
     return model, heads
 
 
@@ -125,7 +128,7 @@ def test_loss_weights_and_clipping(tmp_path):
     """One step of AdamW with a huge eps is a step of plain gradient descent: the slow definition of the gradient."""
     model, documents = tiny_llama(), texts(2)
     heads, before = tiny_heads(model, 2), tiny_heads(model, 2)
-    batch = make_batch(documents, 2, [1])
+    batch = make_batch(documents, 2)
     logits = before.all_logits(model(batch.ids).flatten(0, 1)[batch.index, None].detach(), batch.tokens)
     loss = sum(0.3 * 0.5 ** (k + 1) * F.cross_entropy(logits[k], batch.labels[k], ignore_index=IGNORE)
                for k in range(2))
@@ -136,7 +139,7 @@ def test_loss_weights_and_clipping(tmp_path):
         torch.optim.AdamW.step = lambda self: seen.append([p.grad.clone() for p in self.param_groups[0]["params"]])
         try:
             train(model, heads, documents, options(tmp_path, "--epochs", 1, "--decay", 0.5, "--coefficient", 0.3,
-                                                   "--clip", clip), [1])
+                                                   "--clip", clip))
         finally:
             torch.optim.AdamW.step = real
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(seen[0], gradient, strict=True))
@@ -171,16 +174,16 @@ def test_a_tiny_corpus_learned_by_heart(kind, rows, tmp_path):
     model, openings, documents, heads = by_heart(tmp_path, kind, rows)
     assert len({tuple(d[-20:]) for d in documents}) > rows / 2                   # not one cycle for all
     args = options(tmp_path, "--epochs", 300, "--lr", 1e-2, "--warmup", 20, "--batch-tokens", 1000)
-    train(model, heads, documents, args, [1])
-    figures, ranks, own = evaluate(model, heads, documents, args.batch_tokens, [1])
+    train(model, heads, documents, args)
+    figures, ranks, own = evaluate(model, heads, documents, args.batch_tokens)
     assert min(top[0] for top in figures["top"]) > 0.95
     for paths in ([[0], [0, 0], [0, 0, 0]], [[0], [1], [1, 0]]):
         tree = heads.tree(paths)
         steps = list(generate(model, list(openings.values()), 60, heads=heads, tree=tree))
         for row in range(rows):
-            assert [t for s in steps for t in s[row]] == (documents[row] // 2).tolist()[2:]
+            assert [t for s in steps for t in s[row]] == (documents[row] // 4).tolist()[2:]
         counts = [len(s[row]) for s in steps[1:] for row in range(rows) if s[row]]
-        found, _ = walk(tree, ranks, own)
+        found = walk(tree, ranks, own)
         assert found["steps"] == len(counts) and found["tokens_per_step"] == pytest.approx(sum(counts) / len(counts))
         if len(paths[-1]) == 3:
             print(f"{kind}: {sum(counts) / len(counts):.2f} tokens per step of at most 4")
@@ -207,8 +210,6 @@ def test_the_tree_is_grown_from_joint_hits():
     assert sum(worth[tuple(p)] for p in best) == sum(sorted(worth.values(), reverse=True)[:6])
     assert sum(path_hits(ranks).values()) == sum(worth.values())
     assert max(map(len, grow_tree(path_hits(ranks), 30, deepest=2))) == 2
-    half = [torch.arange(rank.shape[1]) % 2 == 0 for rank in ranks]
-    assert sum(path_hits(ranks, half).values()) < sum(worth.values())
 
 
 def test_the_walk_against_its_definition():
@@ -229,8 +230,8 @@ def test_the_walk_against_its_definition():
                 path = path + [int(rank[len(path), place])] if len(path) < 3 else [*path, None]
                 if path not in tree.paths:
                     place += len(path)
-    found, begins = walk(tree, ranks, own)
-    assert found["steps"] == steps == sum(int(b.sum()) for b in begins)
+    found = walk(tree, ranks, own)
+    assert found["steps"] == steps
     assert found["tokens_per_step"] == pytest.approx(370 / steps)
     for path, share in zip(tree.paths, found["reach"], strict=True):
         assert share == pytest.approx(reached.get(tuple(path), 0) / steps)
@@ -295,7 +296,7 @@ def test_two_processes_make_the_steps_of_one(tiny_folder, tmp_path, cli):
     stories = ["a dog was here " * n for n in (1, 9, 2, 7, 1, 8, 3, 3, 1)]
     (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(stories))
     cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out", tmp_path / "s.bin")
-    arguments = ["--model", tiny_folder, "--data", tmp_path / "s.bin", "--epochs", 3, "--lr", 0.01, "--warmup", 1,
+    arguments = ["--model", tiny_folder, "--data", tmp_path / "s.bin", "--epochs", 2, "--lr", 0.004, "--warmup", 1,
                  "--width", 8, "--num-heads", 2, "--batch-tokens", 60]
     assert cli("train_heads", *arguments, "--out", tmp_path / "one")[0] == 0
     done = subprocess.run(
@@ -337,7 +338,7 @@ def test_medusa_2s_first_half_leaves_the_base_alone_and_the_kl_holds_it(tmp_path
     model, _ = trained(tmp_path, texts(), "--medusa-2", "--epochs", 2, "--base-lr", 1e-3)
     assert joint == [False, False, True, True]
     assert not torch.equal(model.layers[0].mlp.up_proj.weight, tiny_llama().layers[0].mlp.up_proj.weight)
-    base, batch, hidden = tiny_llama().requires_grad_(False), make_batch(texts(1), 2, [1]), torch.randn(21, 32).double()
+    base, batch, hidden = tiny_llama().requires_grad_(False), make_batch(texts(1), 2), torch.randn(21, 32).double()
     kl = lambda before: sum(
         loss.item() for loss in train_heads.base_results(base, hidden, batch, (base.lm_head, before)))
     p, q = (base.lm_head(h).log_softmax(-1)[:20] for h in (2 * hidden, hidden))
@@ -371,12 +372,89 @@ def test_the_command(kind, tiny_folder, tmp_path, cli):
     assert status == 0 and "tokens per step" in out and "top-10" in out and "  = new tokens behind the first" in out
 
 
-@pytest.mark.parametrize("more", [("--pack", 16), ("--target", "distill"), ("--bf16",), ("--schedule", "constant")],
-                         ids=lambda m: m[0])
-def test_every_way_of_training_learns(more, tmp_path):
-    """The held-by-heart corpus again, shortly: the loss falls to less than half of where it began."""
-    model, _, documents, heads = by_heart(tmp_path, {"tie_lm_head": True, "width": 64}, 6)
-    args = options(tmp_path, "--epochs", 60, "--lr", 1e-2, "--batch-tokens", 200, "--log-every", 1, *more)
-    train(model, heads, train_heads.cut([np.concatenate(documents)], 16) if "--pack" in more else documents, args, [1])
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert losses[-1] < losses[0] / 2
+def test_every_way_of_training_learns_and_is_a_way_of_its_own(tmp_path):
+    """The held-by-heart corpus, shortly: the loss falls to less than half of where it began, and no two runs agree."""
+    ends = []
+    for i, more in enumerate([(), ("--target", "distill"), ("--bf16",), ("--schedule", "constant")]):
+        model, _, documents, heads = by_heart(tmp_path, {"tie_lm_head": True, "width": 64}, 6)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(heads.blocks[0].up_weight)
+        args = options(tmp_path / str(i), "--epochs", 60, "--lr", 1e-2, "--batch-tokens", 200, "--log-every", 1, *more)
+        train(model, heads, documents, args)
+        losses = [json.loads(line)["loss"] for line in (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()]
+        assert losses[-1] < losses[0] / 2
+        ends.append(losses[-1])
+    assert len(set(ends)) == 4
+
+
+@pytest.fixture
+def stories(tiny_folder, tmp_path, cli):
+    """train_heads.py on a token file: stories(*more) → (status, out, err); its heads go to tmp_path / "h"."""
+    lines = [f"a {'happy ' * (3 + i % 4)}dog {i}" for i in range(30)]
+    (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(lines))
+    write = lambda *more: cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out",
+                              tmp_path / "s.bin", *more)
+    write()
+    run = lambda *more: cli("train_heads", "--model", tiny_folder, "--data", tmp_path / "s.bin", "--num-heads", 2,
+                            "--out", tmp_path / "h", "--width", 8, "--batch-tokens", 100, "--warmup", 1, *more)
+    return run, write
+
+
+def test_the_command_resumes_bit_for_bit_and_only_with_the_same_data(stories, tmp_path, monkeypatch):
+    run, write = stories
+    more = ("--draft-vocab", 50, "--kind", "hydra", "--pack", 20)
+    assert run(*more)[0] == 0
+    whole = load_file(tmp_path / "h" / "model.safetensors")
+    real, calls = train_heads.backward, []
+
+    def backward(*args):
+        calls.append(args[2].ids.shape[1])
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_heads, "backward", backward)
+        assert run(*more)[0] == 130 and max(calls) == 20                         # rows are packed
+    write("--limit", 29)
+    assert "was trained with data" in run(*more, "--resume")[2]
+    write()
+    status, _, err = run(*more, "--resume")
+    resumed = load_file(tmp_path / "h" / "model.safetensors")
+    assert status == 0 and all(torch.equal(whole[n], resumed[n]) for n in whole), err
+
+
+def test_a_training_that_diverges_is_an_error_and_nan_is_no_hit(stories, tmp_path, monkeypatch):
+    run, _ = stories
+    assert run()[0] == 0
+    before = (tmp_path / "h" / "model.safetensors").read_bytes()
+    real = train_heads.head_results
+    monkeypatch.setattr(train_heads, "head_results",
+                        lambda *a: ((loss * math.nan, rank) for loss, rank in real(*a)))
+    status, out, err = run()
+    assert status == 2 and "no longer finite at step" in err
+    assert (tmp_path / "h" / "model.safetensors").read_bytes() == before
+    model = tiny_llama(dtype=torch.float32)
+    heads = tiny_heads(model, 2)
+    heads.blocks[0].linear_weight.data[:] = math.nan
+    figures, _, _ = evaluate(model, heads, texts(), 100)
+    assert figures["top"] == [[0] * 10] * 2
+
+
+def test_equal_logits_rank_by_their_ids(monkeypatch):
+    model = tiny_llama()
+    heads, batch = tiny_heads(model, 2), make_batch(texts(1), 2)
+    monkeypatch.setattr(type(heads), "all_logits", lambda self, recent, tokens: torch.zeros(2, len(tokens), 12))
+    (_, rank), = head_results(heads, batch, torch.zeros(1, 21, 32).double(), False)
+    labels = batch.labels
+    assert torch.equal(rank[labels != IGNORE], labels[labels != IGNORE])
+
+
+def test_the_models_own_folder_is_never_written_over(stories, tiny_folder, tmp_path):
+    run, _ = stories
+    status, _, err = run("--out", tiny_folder)
+    assert status == 2 and "is the model's own folder" in err
+    (tmp_path / "h").mkdir()
+    (tmp_path / "h" / "checkpoint.pt").write_bytes(b"x")
+    torch.save({"step": 3}, tmp_path / "h" / "checkpoint.pt")
+    status, _, err = run("--resume")
+    assert status == 2 and "can't read" in err and err.count("Traceback") == 0
