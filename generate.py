@@ -179,14 +179,14 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads, path: str, args
                      "step_ms": round(1000 * cost, 4), "tokens_per_second": round(per_step / cost, 1)})
     best = max(range(len(rows)), key=lambda i: rows[i]["tokens_per_second"])
     places = sum(rank.shape[1] for rank in ranks[0])
-    write_json(path, {
+    tuned = {
         "paths": trees[best].paths[1:], "source": f"--tune: {len(documents)} openings of {Path(args.tune).name}",
         "sampling": sampling(args)._asdict(), "threads": torch.get_num_threads(), "device": args.device,
         "hits": [round(hits[tuple(path)] / places, 5) for path in trees[best].paths[1:]], "chosen": rows[best],
-        "plain_step_ms": round(1000 * plain, 4), "candidates": rows})
+        "plain_step_ms": round(1000 * plain, 4), "candidates": rows}
+    write_json(path, tuned)
     if args.json:
-        print(json.dumps({"tree": path, "plain_tokens_per_second": round(1 / plain, 1), **rows[best]}))
-        return
+        return print(json.dumps({"tree": path, **tuned}))
     print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}")
     print(f"{1:>5}{0:>7}{1:>13.3f}{1000 * plain:>10.3f}{1 / plain:>10.1f}   plain decoding")
     for i, row in enumerate(rows):

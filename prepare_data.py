@@ -85,12 +85,10 @@ def read_tokens(path, tokenizer: Tokenizer) -> list[np.ndarray]:
     if not facts.is_file():
         raise UserError(f"{facts} is missing: was the preparation of {path} interrupted? Run prepare_data.py again")
     data = read_json(facts)
-    if data.get("dtype") not in ("uint16", "uint32") or not {"sha256", "loss_tokens"} <= data.keys():
+    if data.get("dtype") not in ("uint16", "uint32") or not data.get("sha256") or type(data.get("tokens")) is not int:
         raise UserError(f"{facts}: not a token file of this version: prepare it again")
     if data.get("tokenizer_sha256") != tokenizer_hash(tokenizer):
         raise UserError(f"{path} was written with another tokenizer than {tokenizer.path}: prepare it for this model")
-    if type(data.get("tokens")) is not int or data["tokens"] < 1:
-        raise UserError(f"{facts}: tokens is {data.get('tokens')!r}: prepare it again")
     expected = data["tokens"] * np.dtype(data["dtype"]).itemsize
     if path.stat().st_size != expected:
         raise UserError(f"{path} has {path.stat().st_size} bytes, {facts.name} says {expected}: prepare it again")

@@ -97,10 +97,9 @@ class Tree(NamedTuple):
         for first, last in spans:
             new = [p for p in nodes if first < len(p) <= last]
             at = sorted({p[:first] for p in new})
-            levels.append(Level(first, last, torch.tensor([[index[a[:j]] for j in range(first + 1)] for a in at]),
-                                torch.tensor([len(p) - 1 - first for p in new]),
-                                torch.tensor([at.index(p[:first]) for p in new]),
-                                torch.tensor([p[-1] for p in new]), 1 + max(p[-1] for p in new)))
+            head, slot, rank = torch.tensor([(len(p) - 1 - first, at.index(p[:first]), p[-1]) for p in new]).unbind(1)
+            seen = torch.tensor([[index[a[:j]] for j in range(first + 1)] for a in at])
+            levels.append(Level(first, last, seen, head, slot, rank, 1 + int(rank.max())))
         return cls([list(p) for p in nodes], torch.tensor([index[p[:-1]] for p in nodes]), depth, ancestors, path,
                    levels)
 
