@@ -288,6 +288,14 @@ def interruptible():
             signal.signal(n, handler)
 
 
+def metrics_of(step: int, figures: Tensor, weights: Tensor) -> dict:
+    """figures [3, K] of `train_step` → a line of metrics.jsonl. UserError where the training has diverged."""
+    loss, top1, top5 = figures.tolist()
+    if not math.isfinite(sum(loss)):
+        raise UserError(f"the loss is no longer finite at step {step}: train again with a lower --lr")
+    return {"step": step, "loss": float(weights @ figures[0]), "head_loss": loss, "top1": top1, "top5": top5}
+
+
 def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
     """Trains the heads in place, and with args.medusa_2 the base; writes metrics.jsonl and checkpoint.pt to args.out.
 
@@ -330,13 +338,10 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
             bar.update()
             seen += tokens
             if logged:
-                loss, top1, top5 = figures.tolist()
-                if not math.isfinite(sum(loss)):
-                    raise UserError(f"the loss is no longer finite at step {step}: train again with a lower --lr")
-                line = {"step": step, "loss": float(weights @ figures[0]), "head_loss": loss, "top1": top1,
-                        "top5": top5, "lr": rate * args.lr, "tokens_per_second": seen / (time.perf_counter() - begin)}
-                log.append(json.dumps(line))
-                bar.set_postfix(loss=f"{line['loss']:.3f}", top1=" ".join(f"{v:.2f}" for v in top1))
+                line = metrics_of(step, figures, weights)
+                speed = {"lr": rate * args.lr, "tokens_per_second": seen / (time.perf_counter() - begin)}
+                log.append(json.dumps(line | speed))
+                bar.set_postfix(loss=f"{line['loss']:.3f}", top1=" ".join(f"{v:.2f}" for v in line["top1"]))
             if shard()[0] == 0 and (logged or stop):
                 write_atomic(metrics, lambda p: p.write_text("".join(line + "\n" for line in log)))
             if step < steps and (stop or step % args.save_every == 0):
@@ -451,6 +456,18 @@ def most_frequent(documents: list, size: int, vocab_size: int) -> Tensor:
     return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
 
 
+def split(args, tokenizer: Tokenizer, context: int) -> tuple[list, list]:
+    """The documents to train on, cut to the context or packed, and those held out (--eval: none, all)."""
+    documents = [d for path in args.data for d in read_tokens(path, tokenizer) if len(d) > 2]
+    if args.eval:
+        return [], cut(documents, context)
+    rest = [d for i, d in enumerate(documents) if i % HELD_OUT]
+    if not rest:
+        raise UserError(f"{' and '.join(args.data)}: at least 2 documents of 3 tokens are needed, one is held out")
+    rest = cut([np.concatenate(rest)], min(args.pack, context)) if args.pack else cut(rest, context)
+    return rest, cut(documents[::HELD_OUT], context)
+
+
 def save(args, model: Llama, heads: MedusaHeads) -> Path:
     """Writes heads, or with --medusa-2 the new base in HF's layout with its tokenizer → the heads' folder.
 
@@ -488,19 +505,13 @@ def main():
     if world == 1:          # torchrun has set the threads of its processes
         set_threads(model, rows=64)
     tokenizer = Tokenizer(args.model, model.config)
-    context = min(args.pack or math.inf, model.config.max_position_embeddings)
-    documents = [d for path in args.data for d in read_tokens(path, tokenizer) if len(d) > 2]
-    held_out = cut(documents if args.eval else documents[::HELD_OUT], model.config.max_position_embeddings)
+    documents, held_out = split(args, tokenizer, model.config.max_position_embeddings)
     out = {"out": str(args.out)}
     if args.eval:
         heads = MedusaHeads.from_pretrained(args.out, model)
         tree, _ = load_tree(args.out, heads)
         figures, ranks, own = evaluate(model, heads, held_out, args.batch_tokens)
     else:
-        documents = [d for i, d in enumerate(documents) if i % HELD_OUT]
-        documents = cut([np.concatenate(documents)] if args.pack and documents else documents, context)
-        if not documents:
-            raise UserError(f"{' and '.join(args.data)}: at least 2 documents of 3 tokens are needed, one is held out")
         token_map = args.draft_vocab and most_frequent(documents, args.draft_vocab, model.config.vocab_size)
         heads = MedusaHeads.untrained(model, args.num_heads, num_layers=args.num_layers, width=args.width,
                                       tie_lm_head=args.tie_lm_head, kind=args.kind, recent=args.recent,
