@@ -231,9 +231,11 @@ class MedusaHeads(nn.Module):
         self.borrow(model)
 
     def borrow(self, model: Llama) -> None:
-        """What is the base's own and not a parameter here: embeddings [V, H], and the `lm_head` rows [D, H]."""
-        lm_head = model.lm_head.weight
-        self.borrowed = model.embed_tokens.weight, lm_head if self.token_map is None else lm_head[self.token_map]
+        """What is the base's own and not a parameter here: scaled embeddings [V, H], and the `lm_head` rows [D, H]."""
+        embeddings, lm_head = model.embed_tokens.weight, model.lm_head.weight
+        if self.kind != "medusa":
+            embeddings = F.rms_norm(embeddings, (self.hidden_size,), eps=1e-6)
+        self.borrowed = embeddings, lm_head if self.token_map is None else lm_head[self.token_map]
 
     @classmethod
     def untrained(cls, model: Llama, num_heads: int, **options) -> "MedusaHeads":
@@ -260,8 +262,8 @@ class MedusaHeads(nn.Module):
         embeddings, lm_head = self.borrowed
         z = recent.flatten(1)
         if seen := self.seen(last):
-            embedded = F.rms_norm(F.embedding(tokens[:, :seen], embeddings), (self.hidden_size,), eps=1e-6)
-            z = torch.cat((z, embedded.flatten(1).to(z.dtype)), 1)                                  # [T, inputs]
+            embedded = F.embedding(tokens[:, :seen], embeddings).flatten(1)
+            z = torch.cat((z, embedded.to(z.dtype)), 1)                                             # [T, inputs]
         x, z = (t.expand(last - first, *t.shape) for t in (recent[:, -1], z))
         for block in self.blocks:
             x = z = block(x, z, first)
