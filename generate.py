@@ -175,7 +175,7 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads, path: str, args
     rows = []
     for tree, cost in zip(trees, costs, strict=True):
         per_step = walk(tree, ranks[1], own[1])["tokens_per_step"]
-        rows.append({"nodes": len(tree.paths), "depth": len(tree.paths[-1]), "tokens_per_step": round(per_step, 4),
+        rows.append({"nodes": len(tree.paths), "depth": len(tree.paths[-1]), "tokens_per_step": per_step,
                      "step_ms": round(1000 * cost, 4), "tokens_per_second": round(per_step / cost, 1)})
     best = max(range(len(rows)), key=lambda i: rows[i]["tokens_per_second"])
     places = sum(rank.shape[1] for rank in ranks[0])

@@ -151,8 +151,8 @@ def walk(tree: Tree, ranks: list, own: list) -> dict:
     ranks: see `path_hits`; own: for each text bool [n], where the root is a token of the model and another follows.
     The steps of `generate`, but for ties: one begins at the first place and the next where the last one ended. A mean
     over all places instead would overstate, since steps land on the places that were hard to guess.
-    tokens_per_step: new tokens behind the first / steps. reach: the share of steps that accept each node (node order of
-    `tree.paths`), depth_reach: that accept at least so many drafts.
+    tokens_per_step: new tokens behind the first / steps; depth_reach: the share of steps that accept at least 0, 1, ..
+    drafts; node_reach: that accept each node, by its path.
     """
     ends = torch.zeros(len(tree.paths))
     for rank, mine in zip(ranks, own, strict=True):
@@ -168,8 +168,10 @@ def walk(tree: Tree, ranks: list, own: list) -> dict:
     steps = max(1, int(ends.sum()))
     reach = ends @ tree.ancestors.float() / steps                       # an accepted node's ancestors are accepted
     by_depth = torch.zeros(tree.path.shape[1]).index_add(0, tree.depth, reach)
-    return {"tokens_per_step": sum(int(m.sum()) for m in own) / steps, "steps": int(ends.sum()),
-            "depth_reach": by_depth.tolist(), "reach": reach.tolist()}
+    rounded = lambda values: [round(v, 4) for v in values.tolist()]
+    return {"nodes": len(tree.paths), "steps": int(ends.sum()),
+            "tokens_per_step": round(sum(int(m.sum()) for m in own) / steps, 4), "depth_reach": rounded(by_depth),
+            "node_reach": dict(zip((" ".join(map(str, path)) for path in tree.paths), rounded(reach), strict=True))}
 
 
 # ------------------------------------------------------------------------------------------------------------ heads

@@ -190,15 +190,6 @@ def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: in
             "top": [rounded(head) for head in top], "base_loss": round(base_loss / max(1, tokens), 4)}, ranks, owns
 
 
-def acceptance(tree, ranks: list, own: list) -> dict:
-    """`walk`'s figures, rounded, the nodes by their paths."""
-    found = walk(tree, ranks, own)
-    names = (" ".join(map(str, path)) or "root" for path in tree.paths)
-    return {"nodes": len(tree.paths), "tokens_per_step": round(found["tokens_per_step"], 4), "steps": found["steps"],
-            "depth_reach": [round(v, 4) for v in found["depth_reach"]],
-            "node_reach": dict(zip(names, (round(v, 4) for v in found["reach"]), strict=True))}
-
-
 # --------------------------------------------------------------------------------------------------------- training
 
 def learning_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
@@ -533,7 +524,7 @@ def main():
         tree = heads.tree(paths)
         out |= {"base_loss_before": before} if args.medusa_2 else {}
     result = out | {"kind": heads.kind, "parameters": heads.size(), **figures,
-                    "acceptance": acceptance(tree, ranks, own)}
+                    "acceptance": walk(tree, ranks, own)}
     print(json.dumps(result) if args.json else report(result))
 
 
