@@ -116,12 +116,12 @@ def test_the_embedded_heads_reach_the_promised_tokens_per_step(cli, monkeypatch)
     assert all(r["identical"] or r["first_difference"]["margin"] < 1e-4 for r in results)
     mean = sum(r["tokens_per_step"] for r in results) / 10
     print(f"mean tokens per step over ten held-out openings: {mean:.3f}")
-    assert mean >= 2.4
+    assert mean >= 3.1
 
 
-def test_the_embedded_heads_fit_in_6_mb():
+def test_the_embedded_model_and_both_sets_of_heads_are_small():
     files = [f for f in MODEL.rglob("*") if f.suffix in (".json", ".safetensors") and "pretrained" not in f.parts]
-    assert sum(f.stat().st_size for f in files) < 6e6
+    assert sum(f.stat().st_size for f in files) < 8e6
 
 
 @pytest.mark.parametrize("kind", KINDS)
