@@ -171,7 +171,8 @@ def walk(tree: Tree, ranks: list, own: list) -> dict:
     rounded = lambda values: [round(v, 4) for v in values.tolist()]
     return {"nodes": len(tree.paths), "steps": int(ends.sum()),
             "tokens_per_step": round(sum(int(m.sum()) for m in own) / steps, 4), "depth_reach": rounded(by_depth),
-            "node_reach": dict(zip((" ".join(map(str, path)) for path in tree.paths), rounded(reach), strict=True))}
+            "node_reach": dict(zip((" ".join(map(str, path)) or "root" for path in tree.paths), rounded(reach),
+                                   strict=True))}
 
 
 # ------------------------------------------------------------------------------------------------------------ heads
