@@ -23,7 +23,7 @@ def main():
         steps, name = [line["step"] for line in lines], Path(path).parent.name
         axes[0].plot(steps, [line["loss"] for line in lines], label=name)
         for k in range(len(lines[0]["top1"])):
-            axes[1].plot(steps, [line["top1"][k] for line in lines], label=f"{name}, head {k + 1}", alpha=1 - 0.15 * k)
+            axes[1].plot(steps, [line["top1"][k] for line in lines], label=f"{name}, head {k + 1}", alpha=0.85 ** k)
         axes[2].plot(steps, [line["tokens_per_second"] for line in lines], label=name)
     for axis, title in zip(axes, ("loss, weighted", "top-1 accuracy", "tokens per second"), strict=True):
         axis.set(title=title, xlabel="step")
