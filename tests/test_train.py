@@ -427,8 +427,8 @@ def test_the_command_resumes_bit_for_bit_and_only_with_the_same_data(stories, tm
 def test_the_plot(tmp_path):
     line = {"step": 20, "loss": 1.0, "top1": [0.5] * 12, "tokens_per_second": 9.0}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line | {"step": s}) + "\n" for s in (20, 40)))
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "plot_training.py", tmp_path / "metrics.jsonl", "--out",
-                           tmp_path / "plot.png"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "plot_training.py", tmp_path / "metrics.jsonl",
+                           "--out", tmp_path / "plot.png"], capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG"), done.stderr
 
 
