@@ -297,7 +297,7 @@ def test_two_processes_make_the_steps_of_one(tiny_folder, tmp_path, cli):
     stories = ["a dog was here " * n for n in (1, 9, 2, 7, 1, 8, 3, 3, 1)]
     (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(stories))
     cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out", tmp_path / "s.bin")
-    arguments = ["--model", tiny_folder, "--data", tmp_path / "s.bin", "--epochs", 2, "--lr", 0.004, "--warmup", 1,
+    arguments = ["--model", tiny_folder, "--data", tmp_path / "s.bin", "--epochs", 2, "--lr", 0.002, "--warmup", 1,
                  "--width", 8, "--num-heads", 2, "--batch-tokens", 60]
     assert cli("train_heads", *arguments, "--out", tmp_path / "one")[0] == 0
     done = subprocess.run(
