@@ -230,8 +230,6 @@ class MedusaHeads(nn.Module):
             for j in range(num_layers))
         self.vocabulary = None if tie_lm_head else \
             nn.Parameter(torch.empty(num_heads, self.draft_size, self.hidden_size))
-        self.to(model.lm_head.weight.device)
-        self.borrow(model)
 
     def borrow(self, model: Llama) -> None:
         """What is the base's own and not a parameter here: scaled embeddings [V, H], and the `lm_head` rows [D, H]."""
@@ -243,7 +241,9 @@ class MedusaHeads(nn.Module):
     @classmethod
     def untrained(cls, model: Llama, num_heads: int, **options) -> "MedusaHeads":
         """New heads that repeat the base: blocks are the identity, own vocabulary matrices copies of its `lm_head`."""
-        heads = cls(model, num_heads, **options).to(at_least_float32(model.lm_head.weight.dtype))   # to be trained in
+        heads = cls(model, num_heads, **options)
+        heads.to(model.lm_head.weight.device, at_least_float32(model.lm_head.weight.dtype))     # to be trained in
+        heads.borrow(model)
         if heads.vocabulary is not None:
             heads.vocabulary.data.copy_(heads.borrowed[1].detach().expand_as(heads.vocabulary))
         return heads
@@ -331,9 +331,12 @@ class MedusaHeads(nn.Module):
                 raise UserError(f"{name_or_path}: the heads expect {key} {config[key]}, the model has "
                                 f"{getattr(model.config, key)}: train heads for this model or pass --heads none")
         size = config.get("draft_vocab_size")
-        heads = cls(model, config["medusa_num_heads"], config["medusa_num_layers"], bool(config.get("tie_lm_head")),
-                    config.get("medusa_width"), config.get("medusa_kind") or "medusa", config.get("medusa_recent") or 1,
-                    None if size is None else torch.arange(size)).to(model.lm_head.weight.dtype)
+        with torch.device("meta"):
+            heads = cls(model, config["medusa_num_heads"], config["medusa_num_layers"],
+                        bool(config.get("tie_lm_head")), config.get("medusa_width"),
+                        config.get("medusa_kind") or "medusa", config.get("medusa_recent") or 1,
+                        None if size is None else torch.arange(size))
+        heads = heads.to_empty(device=model.lm_head.weight.device).to(model.lm_head.weight.dtype)
         named, what = heads.names(), f"heads {name_or_path}"
         handles = open_tensors([locate(name_or_path, "model.safetensors", revision)], what)
         tensors = read_tensors(handles, {name: t.shape for name, t in named.items()}, what)

@@ -303,12 +303,13 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
     steps = -(-len(batches) // args.accumulate)
     weights = args.coefficient * args.decay ** torch.arange(1, heads.num_heads + 1).to(groups[0]["params"][0])    # [K]
     checkpoint, metrics, done = Path(args.out) / "checkpoint.pt", Path(args.out) / "metrics.jsonl", 0
+    first, fixed = shard()[0] == 0, settings(args)
     if args.resume:
-        done = load_checkpoint(checkpoint, model, heads, optimizer, args)
+        done = load_checkpoint(checkpoint, model, heads, optimizer, fixed)
     elif checkpoint.exists():
         raise UserError(f"{checkpoint} is left from a training that was stopped: add --resume, or delete it")
     log = [line for line in (metrics.read_text().splitlines() if done else []) if json.loads(line)["step"] <= done]
-    with tqdm(total=steps, initial=done, desc="training heads", unit=" steps", disable=shard()[0] > 0) as bar, \
+    with tqdm(total=steps, initial=done, desc="training heads", unit=" steps", disable=not first) as bar, \
             interruptible() as asked:
         begin, seen = time.perf_counter(), 0
         for step in range(done + 1, steps + 1):
@@ -333,11 +334,11 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
                 speed = {"lr": rate * args.lr, "tokens_per_second": seen / (time.perf_counter() - begin)}
                 log.append(json.dumps(line | speed))
                 bar.set_postfix(loss=f"{line['loss']:.3f}", top1=" ".join(f"{v:.2f}" for v in line["top1"]))
-            if shard()[0] == 0 and (logged or stop):
+            if first and (logged or stop):
                 write_atomic(metrics, lambda p: p.write_text("".join(line + "\n" for line in log)))
             if step < steps and (stop or step % args.save_every == 0):
-                if shard()[0] == 0:
-                    save_checkpoint(checkpoint, model, heads, optimizer, step, args)
+                if first:
+                    save_checkpoint(checkpoint, model, heads, optimizer, step, fixed)
                 if stop:
                     all_reduce(torch.zeros(1, device=weights.device))      # none leaves before all are here
                     raise KeyboardInterrupt
@@ -351,25 +352,25 @@ def settings(args) -> dict:
     return {k: v for k, v in vars(args).items() if k not in free} | {"data": digests, "processes": shard()[1]}
 
 
-def save_checkpoint(path, model, heads, optimizer, step: int, args) -> None:
-    state = {"step": step, "heads": heads.state_dict(), "optimizer": optimizer.state_dict(),
-             "settings": settings(args), "threads": torch.get_num_threads()}
-    if args.medusa_2:
+def save_checkpoint(path, model, heads, optimizer, step: int, fixed: dict) -> None:
+    state = {"step": step, "heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "settings": fixed,
+             "threads": torch.get_num_threads()}
+    if fixed["medusa_2"]:
         state["model"] = model.state_dict()
     write_atomic(path, lambda p: torch.save(state, p))
 
 
-def load_checkpoint(path, model, heads, optimizer, args) -> int:
+def load_checkpoint(path, model, heads, optimizer, fixed: dict) -> int:
     """Puts everything back → the steps done."""
     try:
         state = torch.load(path, map_location=heads.borrowed[0].device, weights_only=True)
-        for key, value in settings(args).items():
+        for key, value in fixed.items():
             if state["settings"][key] != value:
                 raise UserError(f"{path} was trained with {key} {state['settings'][key]!r}, not {value!r}: "
                                 "resume with the same data and options")
         heads.load_state_dict(state["heads"])
         optimizer.load_state_dict(state["optimizer"])
-        if args.medusa_2:
+        if fixed["medusa_2"]:
             model.load_state_dict(state["model"])
         torch.set_num_threads(state["threads"])              # sums of another order would differ in the last bit
         return state["step"]
@@ -464,17 +465,18 @@ def save(args, model: Llama, heads: MedusaHeads) -> Path:
 
     Heads in the dtype that their base is stored in; with --medusa-2 all in float32, lest small updates be rounded away.
     """
-    out, dtype = Path(args.out), torch.float32 if args.medusa_2 else DTYPES[model.config.dtype]
-    (out / "tree.json").unlink(missing_ok=True)              # an older one does not fit
+    out = Path(args.out)
+    folder = out / "medusa" if args.medusa_2 else out
+    (folder / "tree.json").unlink(missing_ok=True)           # an older one does not fit
     if not args.medusa_2:
-        heads.save(out, model_name(args.model), dtype)
-        return out
+        heads.save(folder, model_name(args.model), DTYPES[model.config.dtype])
+        return folder
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
         if file := locate(args.model, name, required=False):
             write_atomic(out / name, lambda p, file=file: p.write_bytes(file.read_bytes()))
-    model.save(out, dtype)
-    heads.save(out / "medusa", model_name(out), dtype)
-    return out / "medusa"
+    model.save(out, torch.float32)
+    heads.save(folder, model_name(out), torch.float32)
+    return folder
 
 
 def main():
