@@ -185,30 +185,43 @@ def rotary_table(config: LlamaConfig, dtype=torch.float32) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [B, T, A, D] by cos, sin [B, T, 1, D/2] in HF's half-split layout.
+    """Rotates x [B, T, heads, D] by cos, sin (same shape, or broadcast) in HF's half-split layout.
 
     A head's vector is (a0 a1 .. | b0 b1 ..); pair i is (a_i, b_i), NOT two neighbours as in Meta's own files:
         a' = a cos - b sin        b' = b cos + a sin
+    In one go: x cos + (b | a) (-sin | sin); the sign stands in `sin`.
     """
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
+def rotary_rows(table: Tensor, position_ids: Tensor, turning: int, heads: int) -> tuple[Tensor, Tensor]:
+    """cos and signed sin [B, T, heads, D] of `rotary_table` at position_ids [B, T] for all heads of q, k and v at once.
+
+    The first `turning` heads are queries and keys; the values behind them turn by 0, so that one pass does all three.
+    """
+    cos, sin = table[position_ids][:, :, None].unbind(3)                                        # [B, T, 1, D/2]
+    still = (*cos.shape[:2], heads - turning, 2 * cos.shape[-1])
+    spread = lambda x: x.expand(-1, -1, turning, -1)
+    return (torch.cat((spread(torch.cat((cos, cos), -1)), cos.new_ones(still)), 2),
+            torch.cat((spread(torch.cat((-sin, sin), -1)), cos.new_zeros(still)), 2))
 
 
 # -------------------------------------------------------------------------------------------------- cache and mask
 
+SMALL_HEAD = 16     # below this head_dim, attention is written out (`small_attention`) and the cache laid out for it
+
+
 def new_cache(config: LlamaConfig, rows: int, slots: int, like: Tensor) -> Tensor:
     """One allocation for all keys and values: [L, 2, B, S, G, D], in the dtype and on the device of `like`.
 
-    Zeros, not empty: a masked weight of 0 times a stale NaN would still be NaN.
+    With small heads the slots lie innermost in memory, so that products over them are contiguous. Zeros, not empty:
+    a masked weight of 0 times a stale NaN would still be NaN.
     """
-    return like.new_zeros(config.num_hidden_layers, 2, rows, slots, config.num_key_value_heads, config.head_dim)
-
-
-def write_cache(layer_cache: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
-    """Writes key, value [B, T, G, D] into the slots [B, T] of one layer's cache [2, B, S, G, D], in place."""
-    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
-    layer_cache[0].index_put_((rows, slots), key)
-    layer_cache[1].index_put_((rows, slots), value)
+    layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    if size >= SMALL_HEAD:
+        return like.new_zeros(layers, 2, rows, slots, heads, size)
+    return like.new_zeros(layers, 2, rows, heads, size, slots).permute(0, 1, 2, 5, 3, 4)
 
 
 def keep_rows(cache: Tensor, length: Tensor, path: Tensor) -> None:
@@ -221,16 +234,23 @@ def keep_rows(cache: Tensor, length: Tensor, path: Tensor) -> None:
     cache[:, :, rows, to] = cache[:, :, rows, length[:, None] + path]
 
 
-def visible(length: Tensor, ancestors: Tensor, window: int) -> Tensor:
-    """The attention mask of every forward with a cache: [B, T, W], True where a key may be seen.
+def mask_table(ancestors: Tensor, dtype=torch.float32) -> Tensor:
+    """What the nodes of a tree may see, for `visible`: ancestors bool [N, N] → [N, N + 2], 0 or minus infinity.
 
-    The T new tokens of row b stand in slots length[b] .. length[b] + T - 1. Node i sees the committed slots
-    (s < length[b]) and those of its ancestors (ancestors[i, s - length[b]]; [T, T], each node its own ancestor).
+    Column 0 stands for all committed slots, column 1 + j for node j, the last one for all slots beyond the tree.
     """
-    offset = torch.arange(window, device=length.device) - length[:, None]                                 # [B, W]
-    nodes = ancestors.shape[0]
-    new = ancestors.t()[offset.clamp(0, nodes - 1)].transpose(1, 2)                                       # [B, T, W]
-    return torch.where((offset < 0)[:, None], True, new & (offset < nodes)[:, None])
+    seen = F.pad(F.pad(ancestors, (1, 0), value=True), (0, 1), value=False)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+def visible(length: Tensor, table: Tensor, window: Tensor) -> Tensor:
+    """The attention mask of every forward with a cache, to be added to the scores: [B, N, W], 0 where a key is seen.
+
+    The N new tokens of row b stand in slots length[b] .. length[b] + N - 1; window [W] = 0, 1, ..: the slots that are
+    looked at. table: see `mask_table`; a row's committed slots are those below length[b].
+    """
+    column = (window - length[:, None] + 1).clamp(0, table.shape[0] + 1)                                  # [B, W]
+    return table[:, column].transpose(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------------- layers
@@ -242,6 +262,25 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Training's attention, no cache: [B, A, T, D], [B, G, T, D] twice → [B, A, T, D]. model/pretrain.py swaps it."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def small_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Attention for a few numbers a head, where torch's own kernel wastes its time: query [B, T, A, D] and key, value
+    [B, W, G, D], bias [B, T, W] → [B, T, A, D]. Compiled, the products over D are sums of D fused terms."""
+    (rows, tokens, heads, size), groups = query.shape, key.shape[2]
+    query = query.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).reshape(rows * groups, -1, size)    # [B G, r T, D]
+    key, value = (x.permute(0, 2, 3, 1).flatten(0, 1) for x in (key, value))                            # [B G, D, W]
+    bias = bias[:, None, None].expand(-1, groups, heads // groups, -1, -1).reshape(rows * groups, -1, key.shape[2])
+    if torch.compiler.is_compiling():
+        terms = [query[:, :, d, None] * key[:, None, d] for d in range(size)]
+        scores = sum(terms[1:], terms[0]) * size ** -0.5 + bias                                         # [B G, r T, W]
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        out = torch.stack([(weights * value[:, None, d]).sum(-1) for d in range(size)], -1)
+        out = out / weights.sum(-1, keepdim=True)
+    else:
+        weights = torch.baddbmm(bias, query, key, alpha=size ** -0.5).softmax(-1)
+        out = torch.bmm(weights, value.transpose(1, 2))
+    return out.view(rows, groups, -1, tokens, size).permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, size)
 
 
 class RMSNorm(nn.Module):
@@ -257,33 +296,37 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: LlamaConfig):
         super().__init__()
-        self.head_dim, self.grouped = c.head_dim, c.num_key_value_heads != c.num_attention_heads
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.queries, self.groups, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.qkv_proj = nn.Linear(c.hidden_size, (self.queries + 2 * self.groups) * c.head_dim, bias=c.attention_bias)
+        self.o_proj = nn.Linear(self.queries * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias=None, layer_cache=None, slots=None) -> Tensor:
-        query, key, value = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)                 # [B, T, A or G, D]
-        if layer_cache is None:
-            out = causal_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, at=None, past=None, bias=None) -> Tensor:
+        qkv = apply_rotary(self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)       # [B, T, A + 2G, D]
+        query, new = qkv.split((self.queries, 2 * self.groups), 2)
+        if cache is None:
+            key, value = new.transpose(1, 2).chunk(2, 1)
+            out = causal_attention(query.transpose(1, 2), key, value).transpose(1, 2)
         else:
-            write_cache(layer_cache, slots, key, value)
-            key, value = layer_cache[:, :, :bias.shape[-1]].transpose(2, 3)                     # [B, G, W, D] each
-            out = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, bias, enable_gqa=self.grouped)
-        return self.o_proj(out.transpose(1, 2).flatten(2))                                      # [B, T, H]
+            cache[at] = new.unflatten(2, (2, -1))                                               # [B, T, 2, G, D]
+            key, value = past.unbind(0)                                                         # [B, W, G, D] each
+            if self.head_dim < SMALL_HEAD:
+                out = small_attention(query, key, value, bias)
+            else:
+                out = F.scaled_dot_product_attention(
+                    query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias[:, None],
+                    enable_gqa=self.queries != self.groups).transpose(1, 2)
+        return self.o_proj(out.flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, c: LlamaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -313,22 +356,41 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.register_buffer("rotary", rotary_table(config), persistent=False)                  # [positions, 2, D/2]
 
-    def forward(self, ids: Tensor, position_ids: Tensor | None = None, mask: Tensor | None = None,
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None, bias: Tensor | None = None,
                 cache: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
         """ids [B, T] → hidden after the final norm [B, T, H].
 
         Training: ids alone (causal, positions 0 .. T-1). Everything else: a cache [L, 2, B, S, G, D], the slots
-        [B, T] to write the new keys and values to, their position_ids [B, T] and the mask [B, T, W] of `visible`.
+        [B, T] to write the new keys and values to, their position_ids [B, T] and the bias [B, T, W] of `visible`.
         """
-        hidden = self.embed_tokens(ids)                                                         # [B, T, H]
+        c, hidden = self.config, self.embed_tokens(ids)                                         # [B, T, H]
         if position_ids is None:
             position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
-        cos, sin = self.rotary[position_ids].to(hidden.dtype)[:, :, None].unbind(3)             # [B, T, 1, D/2] each
-        bias = None if mask is None else \
-            torch.zeros_like(mask, dtype=hidden.dtype).masked_fill_(~mask, -torch.inf)[:, None]  # [B, 1, T, W]
-        for i, layer in enumerate(self.layers):
-            hidden = layer(hidden, cos, sin, bias, None if cache is None else cache[i], slots)
+        turning = c.num_attention_heads + c.num_key_value_heads
+        cos, sin = rotary_rows(self.rotary, position_ids, turning, turning + c.num_key_value_heads)
+        cos, sin = cos.to(hidden.dtype), sin.to(hidden.dtype)
+        if cache is None:
+            for layer in self.layers:
+                hidden = layer(hidden, cos, sin)
+            return self.norm(hidden)
+        bias, rows = bias.to(hidden.dtype), torch.arange(len(ids), device=ids.device)[:, None]
+        numbers = torch.arange(len(cache), device=ids.device)[:, None, None].unbind(0)     # tensors, so that compiled, too,
+        for layer, number, past in zip(self.layers, numbers, cache[:, :, :, :bias.shape[-1]].unbind(0), strict=True):
+            hidden = layer(hidden, cos, sin, cache, (number, slice(None), rows, slots), past, bias)  # it is in place
         return self.norm(hidden)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """HF's names → views of our parameters: q, k and v are one matrix here, so are gate and up; the rest is HF's."""
+        c, named = self.config, {}
+        query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        fused = {"qkv_proj": {"q_proj": query, "k_proj": key, "v_proj": key},
+                 "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}}
+        for name, p in self.named_parameters():
+            module = name.split(".")[-2]
+            parts = fused.get(module, {module: len(p)})
+            named |= {hf_name(name.replace(module, part)): view
+                      for part, view in zip(parts, p.detach().split(list(parts.values())), strict=True)}
+        return named
 
     @classmethod
     def from_pretrained(cls, name_or_path, *, dtype=None, device="cpu", revision=None) -> "Llama":
@@ -344,20 +406,17 @@ class Llama(nn.Module):
         if "lm_head.weight" in handles:              # though the config may say tied: HF, too, takes the file's word
             config = replace(config, tie_word_embeddings=False)
         with torch.device("meta"):
-            model = cls(config)                      # shapes only: no memory, no random initialisation
-        tensors = read_tensors(handles, {hf_name(name): p.shape for name, p in model.named_parameters()}, what)
-        for name, parameter in list(model.named_parameters()):
-            owner = model.get_submodule(name.rpartition(".")[0])
-            tensor = tensors.pop(hf_name(name)).to(device=device, dtype=dtype)
-            setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+            model = cls(config)                      # shapes only: no random initialisation
+        model = model.to(dtype).to_empty(device=device)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
-        model.rotary = model.rotary.to(device, at_least_float32(dtype))
+        read_tensors(handles, model.tensors(), what)
+        model.rotary = rotary_table(config, at_least_float32(dtype)).to(device)
         return model.eval()
 
     def save(self, folder, dtype: torch.dtype | None = None) -> None:
         """Writes `config.json` and `model.safetensors` as HF would; transformers loads the folder."""
-        tensors = {hf_name(name): p.detach().to("cpu", dtype).contiguous() for name, p in self.named_parameters()}
+        tensors = {name: t.to("cpu", dtype).contiguous() for name, t in self.tensors().items()}
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         write_tensors(Path(folder) / "model.safetensors", tensors)
         write_json(Path(folder) / "config.json", self.config.to_dict() | {"dtype": stored, "torch_dtype": stored})
@@ -438,22 +497,24 @@ def open_tensors(files, what: str) -> dict:
         raise UserError(f"{what}: can't read {' or '.join(str(f) for f in files)}: {error}") from error
 
 
-def read_tensors(handles: dict, shapes: dict, what: str) -> dict[str, Tensor]:
-    """Reads the tensors named in `shapes` from `open_tensors`, checking all before any is loaded.
+def read_tensors(handles: dict, into: dict[str, Tensor], what: str) -> None:
+    """Reads `open_tensors` into tensors of the same names, one at a time, checking all before any is read.
 
     Raises UserError that names every missing, unexpected and wrongly shaped tensor.
     """
     found, problems = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in handles.items()}, []
     # inv_freq: rotary frequencies that old transformers stored; they are derived from the config
-    unexpected = [n for n in found if n not in shapes and not n.endswith("rotary_emb.inv_freq")]
-    for title, names in (("missing", [n for n in shapes if n not in found]), ("unexpected", unexpected)):
+    unexpected = [n for n in found if n not in into and not n.endswith("rotary_emb.inv_freq")]
+    for title, names in (("missing", [n for n in into if n not in found]), ("unexpected", unexpected)):
         if names:
             problems.append(f"{title}: {', '.join(names)}")
-    problems += [f"{n} has shape {list(found[n])}, expected {list(shape)}"
-                 for n, shape in shapes.items() if n in found and found[n] != tuple(shape)]
+    problems += [f"{n} has shape {list(found[n])}, expected {list(tensor.shape)}"
+                 for n, tensor in into.items() if n in found and found[n] != tuple(tensor.shape)]
     if problems:
         raise UserError(f"{what}: the tensors do not fit the config: {'; '.join(problems)}")
-    return {name: handles[name].get_tensor(name) for name in shapes}
+    with torch.no_grad():
+        for name, tensor in into.items():
+            tensor.copy_(handles[name].get_tensor(name))
 
 
 def read_json(path) -> dict:

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import (ROTARY_SLACK, Llama, UserError, at_least_float32, keep_rows, locate, new_cache, open_tensors,
-                   read_json, read_tensors, visible, write_json, write_tensors)
+from llama import (ROTARY_SLACK, Llama, UserError, at_least_float32, keep_rows, locate, mask_table, new_cache,
+                   open_tensors, read_json, read_tensors, visible, write_json, write_tensors)
 
 # ------------------------------------------------------------------------------------------------------------- tree
 
@@ -59,6 +59,8 @@ class Tree(NamedTuple):
     parent: Tensor     # [N] (the root is its own parent)
     depth: Tensor      # [N]
     ancestors: Tensor  # [N, N] bool, ancestors[i, j]: j is i or an ancestor of i
+    mask: Tensor       # [N, N + 2] what a node may see: see `mask_table`
+    on_path: Tensor    # [N, N] float, on_path[j, i]: j is i or an ancestor of i, and not the root
     path: Tensor       # [N, P] the nodes from the root to node n; beyond its depth path[n, j] = j (any j.. would do)
     levels: list       # how it is drafted: all nodes at once from the root, or depth by depth (`sequential`)
 
@@ -100,8 +102,9 @@ class Tree(NamedTuple):
             head, slot, rank = torch.tensor([(len(p) - 1 - first, at.index(p[:first]), p[-1]) for p in new]).unbind(1)
             seen = torch.tensor([[index[a[:j]] for j in range(first + 1)] for a in at])
             levels.append(Level(first, last, seen, head, slot, rank, 1 + int(rank.max())))
-        return cls([list(p) for p in nodes], torch.tensor([index[p[:-1]] for p in nodes]), depth, ancestors, path,
-                   levels)
+        on_path = ancestors.t().float().index_fill(0, torch.tensor(0), 0)
+        return cls([list(p) for p in nodes], torch.tensor([index[p[:-1]] for p in nodes]), depth, ancestors,
+                   mask_table(ancestors), on_path, path, levels)
 
     @classmethod
     def root(cls) -> "Tree":
@@ -337,15 +340,11 @@ class MedusaHeads(nn.Module):
                         config.get("medusa_kind") or "medusa", config.get("medusa_recent") or 1,
                         None if size is None else torch.arange(size))
         heads = heads.to_empty(device=model.lm_head.weight.device).to(model.lm_head.weight.dtype)
-        named, what = heads.names(), f"heads {name_or_path}"
-        handles = open_tensors([locate(name_or_path, "model.safetensors", revision)], what)
-        tensors = read_tensors(handles, {name: t.shape for name, t in named.items()}, what)
-        ids = tensors.get("token_map", torch.arange(1))
-        if ids.is_floating_point() or ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) < len(ids):
+        what = f"heads {name_or_path}"
+        read_tensors(open_tensors([locate(name_or_path, "model.safetensors", revision)], what), heads.names(), what)
+        ids = torch.arange(1) if heads.token_map is None else heads.token_map
+        if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) < len(ids):
             raise UserError(f"{what}: token_map must hold different ids below {vocab_size}")
-        with torch.no_grad():
-            for name, view in named.items():
-                view.copy_(tensors[name])
         heads.borrow(model)
         return heads.requires_grad_(False).eval()
 
@@ -410,6 +409,16 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     return probs
 
 
+def most_likely(logits: Tensor) -> Tensor:
+    """logits.argmax(-1), ties to the lower id; through the maxima of blocks of 128, which torch finds much faster."""
+    if logits.shape[-1] % 128 or logits.numel() < 16384:
+        return logits.argmax(-1)
+    blocks = logits.unflatten(-1, (-1, 128))
+    best = blocks.amax(-1).argmax(-1, keepdim=True)                                                 # [..., 1]
+    inside = blocks.gather(-2, best[..., None].expand(*best.shape, 128))[..., 0, :].argmax(-1)
+    return best[..., 0] * 128 + inside
+
+
 def choose(logits: Tensor, uniform: Tensor | None, sampling: Sampling) -> Tensor:
     """One token a node: logits [B, N, V] and a uniform in [0, 1) each [B, N] → ids [B, N].
 
@@ -417,7 +426,7 @@ def choose(logits: Tensor, uniform: Tensor | None, sampling: Sampling) -> Tensor
     logits and on the uniform of its *position* only, so it is the very draw that plain decoding makes there.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return most_likely(logits)
     cdf = warp(logits, sampling).cumsum(-1)
     ids = torch.searchsorted(cdf, (uniform * cdf[..., -1])[..., None], right=True).squeeze(-1)
     return ids.clamp(max=logits.shape[-1] - 1)      # only ever needed when the logits are NaN
@@ -482,16 +491,16 @@ def draft(heads: MedusaHeads | None, tree: Tree, state: State) -> Tensor:
     return ids
 
 
-def feed(model: Llama, ids: Tensor, depth: Tensor, ancestors: Tensor, cache: Tensor, length: Tensor,
-         window: int) -> Tensor:
+def feed(model: Llama, ids: Tensor, depth: Tensor, mask: Tensor, cache: Tensor, length: Tensor,
+         window: Tensor) -> Tensor:
     """New tokens ids [B, T] behind each row's committed prefix: writes their keys and values → hidden [B, T, H]."""
     slots = length[:, None] + torch.arange(ids.shape[1], device=ids.device)
-    return model(ids, length[:, None] + depth, visible(length, ancestors, window), cache, slots)
+    return model(ids, length[:, None] + depth, visible(length, mask, window), cache, slots)
 
 
-def verify(model: Llama, tree: Tree, ids: Tensor, state: State, window: int) -> tuple[Tensor, Tensor]:
+def verify(model: Llama, tree: Tree, ids: Tensor, state: State, window: Tensor) -> tuple[Tensor, Tensor]:
     """One forward over all nodes: hidden [B, N, H], logits [B, N, V]."""
-    hidden = feed(model, ids, tree.depth, tree.ancestors, state.cache, state.length, window)
+    hidden = feed(model, ids, tree.depth, tree.mask, state.cache, state.length, window)
     return hidden, model.lm_head(hidden)
 
 
@@ -503,22 +512,25 @@ def accept(tree: Tree, ids: Tensor, logits: Tensor, state: State, sampling: Samp
     """
     uniform = None if sampling.temperature == 0 else state.uniform.gather(1, state.emitted[:, None] + tree.depth)
     choice = choose(logits, uniform, sampling)                                                      # [B, N]
-    match = (ids == choice[:, tree.parent]) | (tree.depth == 0)                                     # [B, N]
-    alive = (match[:, None] | ~tree.ancestors).all(-1)                                              # [B, N]
-    last = (alive * (tree.depth + 1)).argmax(-1)                                                    # [B]
+    wrong = (ids != choice[:, tree.parent]).float() @ tree.on_path              # [B, N] mismatches on the way to a node
+    last = (tree.depth + 1 - len(tree.depth) * wrong).argmax(-1)                # [B] the deepest node without one
     path = tree.path[last]                                                                          # [B, P]
     out = choice.gather(1, path)                                                                    # [B, P]
-    place = torch.arange(out.shape[1], device=out.device)
-    ends = torch.isin(out, eos)
-    ended = (ends.cumsum(1) - ends.long()) > 0                                       # behind an end-of-text token
-    count = ((place <= tree.depth[last, None]) & (place < state.remaining[:, None]) & ~ended).sum(1)
-    return path, out, count
+    ends = ending(out, eos)
+    place = torch.arange(1, out.shape[1] + 1, device=out.device)
+    until = torch.where(ends, place, out.shape[1]).amin(1)                      # up to the first end-of-text token
+    return path, out, torch.minimum(torch.minimum(until, tree.depth[last] + 1), state.remaining)
 
 
-def latest(recent: Tensor, hidden: Tensor, count: Tensor) -> Tensor:
-    """The newest R hidden states when the first count [B] of hidden [B, T, H] follow recent [B, R, H]: [B, R, H]."""
+def ending(ids: Tensor, eos: Tensor) -> Tensor:
+    """Which ids are one of eos [E]: bool, as ids."""
+    return (ids[..., None] == eos).any(-1)
+
+
+def latest(recent: Tensor, new: Tensor, count: Tensor) -> Tensor:
+    """The newest R things when the first count [B] of new [B, T, ..] follow recent [B, R, ..]: [B, R, ..]."""
     index = count[:, None] + torch.arange(recent.shape[1], device=count.device)                     # [B, R]
-    return torch.cat((recent, hidden), 1).gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+    return torch.cat((recent, new), 1)[torch.arange(len(count), device=count.device)[:, None], index]
 
 
 def commit(state: State, hidden: Tensor, path: Tensor, out: Tensor, count: Tensor, eos: Tensor) -> State:
@@ -526,18 +538,22 @@ def commit(state: State, hidden: Tensor, path: Tensor, out: Tensor, count: Tenso
 
     All P rows are copied whatever was accepted, so the shapes stay static: the surplus is garbage beyond `length`.
     """
-    keep_rows(state.cache, state.length, path)
-    moved, at = count > 0, (count - 1).clamp(min=0)[:, None]
-    token = torch.where(moved, out.gather(1, at)[:, 0], state.token)
-    along = hidden.gather(1, path[..., None].expand(-1, -1, hidden.shape[-1]))                      # [B, P, H]
-    remaining = torch.where(moved & torch.isin(token, eos), 0, state.remaining - count)
-    return state._replace(length=state.length + count, token=token, recent=latest(state.recent, along, count),
+    rows = torch.arange(len(count), device=count.device)[:, None]
+    if path.shape[1] > 1:
+        keep_rows(state.cache, state.length, path)
+    token = latest(state.token[:, None], out, count)[:, 0]
+    remaining = (state.remaining - count).masked_fill(ending(token, eos), 0)
+    return state._replace(length=state.length + count, token=token,
+                          recent=latest(state.recent, hidden[rows, path], count),
                           emitted=state.emitted + count, remaining=remaining)
 
 
-def step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, window: int, sampling: Sampling,
+def step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, window: Tensor, sampling: Sampling,
          eos: Tensor, run=call) -> tuple[State, Tensor, Tensor]:
-    """One decoding step → the next state, out [B, P] and count [B]: row b emits out[b, :count[b]]."""
+    """One decoding step → the next state, out [B, P] and count [B]: row b emits out[b, :count[b]].
+
+    window [W] = 0, 1, ..: the slots of the cache that attention reads, all that are in use at least.
+    """
     ids = run("medusa", draft, heads, tree, state)
     hidden, logits = run("tree", verify, model, tree, ids, state, window)
     path, out, count = run("posterior", accept, tree, ids, logits, state, sampling, eos)
@@ -549,9 +565,9 @@ def step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, wind
 PREFILL_CHUNK = 512     # prompt tokens a forward: bounds the memory of the mask and of the activations
 
 
-def bucket(slots: int, cache: Tensor) -> int:
-    """How much of the cache attention reads: 64, 128, 256, ... so that a short text does not pay for the context."""
-    return min(max(64, 1 << (slots - 1).bit_length()), cache.shape[3])
+def window_of(slots: int, cache: Tensor) -> Tensor:
+    """0, 1, .. up to at least `slots`, the next multiple of 32: a short text does not pay for the context."""
+    return torch.arange(min(-(-slots // 32) * 32, cache.shape[3]), device=cache.device)
 
 
 def prefill(model: Llama, prompts: list, cache: Tensor, recent: int = 1) -> tuple[Tensor, Tensor]:
@@ -564,8 +580,8 @@ def prefill(model: Llama, prompts: list, cache: Tensor, recent: int = 1) -> tupl
     for begin in range(0, longest, PREFILL_CHUNK):
         chunk = ids[:, begin:begin + PREFILL_CHUNK]
         depth = torch.arange(chunk.shape[1], device=device)
-        hidden = feed(model, chunk, depth, depth[:, None] >= depth, cache, length,
-                      bucket(begin + chunk.shape[1], cache))
+        hidden = feed(model, chunk, depth, mask_table(depth[:, None] >= depth), cache, length,
+                      window_of(begin + chunk.shape[1], cache))
         new = (total - begin).clamp(0, chunk.shape[1])
         last, length = latest(last, hidden, new), length + new
     return length, last
@@ -635,7 +651,7 @@ def generate(model: Llama, prompts: list, max_new_tokens: int, *, heads: MedusaH
             keep = torch.tensor(alive, device=device)
             state = State(state.cache[:, :, keep], *(t[keep] for t in state[1:]))
             rows, lengths = [rows[i] for i in alive], [lengths[i] for i in alive]
-        arguments = (model, heads, tree, state, bucket(max(lengths) + nodes, state.cache), sampling, eos)
+        arguments = (model, heads, tree, state, window_of(max(lengths) + nodes, state.cache), sampling, eos)
         state, out, count = run("base_inference", step, *arguments) if plain else step(*arguments, run)
         steps += 1
 

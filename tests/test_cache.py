@@ -6,10 +6,10 @@ import torch
 from conftest import random_prompt, random_tree, tiny_heads, tiny_llama
 
 import tinymedusa
-from llama import keep_rows, new_cache, visible
-from tinymedusa import GREEDY, Tree, bucket, feed, prefill, start, step
+from llama import keep_rows, mask_table, new_cache, visible
+from tinymedusa import GREEDY, Tree, feed, prefill, start, step, window_of
 
-CHAIN = lambda n: (torch.arange(n), torch.ones(n, n).tril().bool())
+CHAIN = lambda n: (torch.arange(n), mask_table(torch.ones(n, n).tril().bool()))
 
 
 def rows_of(rng, batch):
@@ -31,13 +31,14 @@ def test_no_cache_is_prefill_and_one_is_one_by_one_is_chunked(seed, monkeypatch)
         longer = [p + [5] for p in prompts]                                     # prefill, then one more token
         cache = new_cache(model.config, 3, 140, like=model.norm.weight)
         length, _ = prefill(model, prompts, cache)
-        last = feed(model, torch.full((3, 1), 5), *CHAIN(1), cache, length, 128)[:, -1]
+        last = feed(model, torch.full((3, 1), 5), *CHAIN(1), cache, length, torch.arange(128))[:, -1]
         assert torch.allclose(last, torch.stack([model(torch.tensor([p]))[0, -1] for p in longer]), atol=1e-12)
 
 
 def slow_visible(length, ancestors, window):
-    return torch.tensor([[[s < n or (s - n < len(ancestors) and bool(ancestors[i][s - n])) for s in range(window)]
+    seen = torch.tensor([[[s < n or (s - n < len(ancestors) and bool(ancestors[i][s - n])) for s in range(window)]
                           for i in range(len(ancestors))] for n in length])
+    return torch.where(seen, 0.0, -torch.inf)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -46,7 +47,7 @@ def test_visible_against_its_definition(seed):
     tree = Tree.from_paths(random_tree(rng), 4, 12)
     length = [rng.randint(0, 30) for _ in range(4)]
     expected = slow_visible(length, tree.ancestors.tolist(), 57)
-    assert torch.equal(visible(torch.tensor(length), tree.ancestors, 57), expected)
+    assert torch.equal(visible(torch.tensor(length), tree.mask, torch.arange(57)), expected)
 
 
 def test_keep_rows_moves_only_the_path():
@@ -71,7 +72,7 @@ def test_after_each_commit_the_cache_is_a_fresh_prefill(seed):
         texts = [p + out[b, :count[b]].tolist() for b, p in enumerate(prompts)]
         accepted = 0
         while state.remaining.any():
-            state, out, count = step(model, heads, tree, state, bucket(128, state.cache), GREEDY, eos)
+            state, out, count = step(model, heads, tree, state, window_of(128, state.cache), GREEDY, eos)
             texts = [t + out[b, :count[b]].tolist() for b, t in enumerate(texts)]
             accepted += int((count > 1).sum())
             assert state.length.tolist() == [len(t) - 1 for t in texts]         # all but the pending token
@@ -85,6 +86,7 @@ def test_after_each_commit_the_cache_is_a_fresh_prefill(seed):
     assert accepted or len(tree.paths) < 8
 
 
+@torch.inference_mode()
 def test_stale_rows_are_never_seen():
     """Garbage beyond `length` (masked, so its weight is exactly 0) changes nothing, in any bit."""
     model, prompt = tiny_llama(), [[1, 5, 6, 7, 3, 9, 4]]
@@ -93,8 +95,7 @@ def test_stale_rows_are_never_seen():
         cache = new_cache(model.config, 1, 100, like=model.norm.weight)
         length, _ = prefill(model, prompt, cache)
         cache[:, :, :, 7:] = garbage
-        with torch.no_grad():
-            results.append(feed(model, torch.tensor([[4, 8]]), *CHAIN(2), cache, length, 64))
+        results.append(feed(model, torch.tensor([[4, 8]]), *CHAIN(2), cache, length, torch.arange(64)))
     assert torch.equal(*results)
 
 
@@ -104,7 +105,7 @@ def test_a_finished_row_stays_as_it_is():
     with torch.inference_mode():
         state, _, _ = start(model, [[1, 4, 5], [1, 6]], 9, 4, 3, GREEDY, eos, [0, 1])
         state = state._replace(remaining=torch.tensor([0, 5]))
-        after, _, count = step(model, heads, tree, state, bucket(64, state.cache), GREEDY, eos)
+        after, _, count = step(model, heads, tree, state, window_of(64, state.cache), GREEDY, eos)
     assert count[0] == 0 and count[1] > 0
     for name in ("length", "token", "recent", "emitted", "remaining"):
         assert torch.equal(getattr(after, name)[0], getattr(state, name)[0]), name

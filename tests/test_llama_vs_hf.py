@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import MODEL
 
-from llama import Llama, LlamaConfig, Tokenizer, new_cache, read_json, visible, write_json
+from llama import Llama, LlamaConfig, Tokenizer, mask_table, new_cache, read_json, visible, write_json
 from tinymedusa import generate
 
 transformers = pytest.importorskip("transformers", reason="development requirement; test_golden.py runs without it")
@@ -39,7 +39,8 @@ def compare(twin, ours, ids) -> float:
         expected = twin(ids).logits
         cache = new_cache(ours.config, rows, length + 7, like=ours.norm.weight)
         slots = torch.arange(length).expand(rows, -1)
-        mask = visible(torch.zeros(rows, dtype=torch.long), torch.ones(length, length).tril().bool(), length + 7)
+        table = mask_table(torch.ones(length, length).tril().bool())
+        mask = visible(torch.zeros(rows, dtype=torch.long), table, torch.arange(length + 7))
         outputs = ours.lm_head(ours(ids)), ours.lm_head(ours(ids, slots, mask, cache, slots))
     assert expected.std() > 0.5
     return max((expected - out).abs().max().item() for out in outputs)

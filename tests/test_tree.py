@@ -26,14 +26,15 @@ def test_tables_against_their_definition(seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
+@torch.inference_mode()
 def test_node_logits_are_those_of_the_path_in_sequence(seed):
     rng = random.Random(seed)
     model, prompt, tree = tiny_llama(seed), random_prompt(rng), Tree.from_paths(random_tree(rng), 4, 12)
     ids = torch.randint(0, 12, (1, len(tree.paths)), generator=torch.Generator().manual_seed(seed))
     cache = new_cache(model.config, 1, 160, like=model.norm.weight)
     length, _ = prefill(model, [prompt], cache)
-    with torch.no_grad():
-        hidden = feed(model, ids, tree.depth, tree.ancestors, cache, length, 128)[0]
+    with torch.inference_mode():
+        hidden = feed(model, ids, tree.depth, tree.mask, cache, length, torch.arange(128))[0]
         for i, path in enumerate(tree.path):
             sequence = prompt + ids[0, path[:tree.depth[i] + 1]].tolist()
             expected = model(torch.tensor([sequence]))[0, -1]
@@ -50,7 +51,7 @@ def test_every_node_is_its_heads_guess_behind_its_parents(kind, token_map, seed)
     tree = heads.tree(random_tree(random.Random(seed), nodes=25))
     recent, token = torch.randn(3, 2, 32, dtype=torch.float64), torch.tensor([4, 5, 6])
     empty = torch.zeros(3, dtype=torch.long)
-    with torch.no_grad():
+    with torch.inference_mode():
         ids = draft(heads, tree, State(None, empty, token, recent, empty, empty, None))
         for b in range(3):
             for i, p in enumerate(tree.paths):
@@ -63,6 +64,7 @@ def test_every_node_is_its_heads_guess_behind_its_parents(kind, token_map, seed)
                 assert ids[b, i] == (order if token_map is None else token_map[order])[p[-1]]
 
 
+@torch.inference_mode()
 def test_the_root_alone():
     tree = Tree.root()
     assert tree.paths == [[]] and tree.path.tolist() == [[0]] and tree.ancestors.tolist() == [[True]]
@@ -70,8 +72,8 @@ def test_the_root_alone():
     cache = new_cache(model.config, 1, 70, like=model.norm.weight)
     length, _ = prefill(model, [[1, 3]], cache)
     state = State(cache, length, torch.tensor([7]), None, None, None, None)
-    with torch.no_grad():
-        assert torch.allclose(verify(model, tree, draft(None, tree, state), state, 64)[0][0, 0],
+    with torch.inference_mode():
+        assert torch.allclose(verify(model, tree, draft(None, tree, state), state, torch.arange(64))[0][0, 0],
                               model(torch.tensor([[1, 3, 7]]))[0, -1], atol=1e-12)
 
 
