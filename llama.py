@@ -177,34 +177,46 @@ ROTARY_SLACK = 64   # positions beyond the context: the nodes of a tree that sta
 
 
 def rotary_table(config: LlamaConfig, dtype=torch.float32) -> Tensor:
-    """cos and sin of every position times every frequency: [positions, 2, D/2], computed as HF does, in float32."""
+    """cos and sin of every position times every frequency: [positions, D/2, 2], computed as HF does, in float32."""
     pairs = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     angle = torch.arange(config.max_position_embeddings + ROTARY_SLACK, device="cpu").float()[:, None] \
         * (1.0 / config.rope_theta ** pairs)
-    return torch.stack((angle.cos(), angle.sin()), 1).to(dtype)
+    return torch.stack((angle.cos(), angle.sin()), -1).to(dtype)
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x [B, T, heads, D] by cos, sin (same shape, or broadcast) in HF's half-split layout.
+def interleaved(rows: Tensor, head_dim: int) -> Tensor:
+    """HF's half-split rows of q_proj or k_proj, (a0 a1 .. | b0 b1 ..) a head → ours and Meta's (a0 b0 a1 b1 ..).
 
-    A head's vector is (a0 a1 .. | b0 b1 ..); pair i is (a_i, b_i), NOT two neighbours as in Meta's own files:
-        a' = a cos - b sin        b' = b cos + a sin
-    In one go: x cos + (b | a) (-sin | sin); the sign stands in `sin`.
+    Pair i of a head is (a_i, b_i), and turning it by an angle is one complex product if the two are neighbours.
     """
-    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return torch.addcmul(x * cos, swapped, sin)
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def rotary_rows(table: Tensor, position_ids: Tensor, turning: int, heads: int) -> tuple[Tensor, Tensor]:
-    """cos and signed sin [B, T, heads, D] of `rotary_table` at position_ids [B, T] for all heads of q, k and v at once.
+def half_split(rows: Tensor, head_dim: int) -> Tensor:
+    """The way back, for files that HF reads."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
-    The first `turning` heads are queries and keys; the values behind them turn by 0, so that one pass does all three.
+
+def rotation(table: Tensor, position_ids: Tensor, turning: int, still: int) -> Tensor:
+    """cos and sin [B, T, turning + still, D/2, 2] for all heads of a token's queries, keys and values at once.
+
+    Queries and keys turn with their position, position_ids [B, T]; the values behind them turn by 0. Complex numbers
+    [B, T, turning + still, D/2], but for the compiler, which knows none and fuses the real ones.
     """
-    cos, sin = table[position_ids][:, :, None].unbind(3)                                        # [B, T, 1, D/2]
-    still = (*cos.shape[:2], heads - turning, 2 * cos.shape[-1])
-    spread = lambda x: x.expand(-1, -1, turning, -1)
-    return (torch.cat((spread(torch.cat((cos, cos), -1)), cos.new_ones(still)), 2),
-            torch.cat((spread(torch.cat((-sin, sin), -1)), cos.new_zeros(still)), 2))
+    turned = table[position_ids][:, :, None]                                                    # [B, T, 1, D/2, 2]
+    unturned = torch.stack((torch.ones_like(turned[..., 0]), torch.zeros_like(turned[..., 0])), -1)
+    by = torch.cat((turned.expand(-1, -1, turning, -1, -1), unturned.expand(-1, -1, still, -1, -1)), 2)
+    return by if torch.compiler.is_compiling() else torch.view_as_complex(by)
+
+
+def apply_rotary(x: Tensor, by: Tensor) -> Tensor:
+    """Turns the pairs (a, b) of x [B, T, heads, D] by `rotation`: (a cos - b sin, b cos + a sin)."""
+    pairs = x.unflatten(-1, (-1, 2))
+    pairs = pairs.float() if x.element_size() < 4 else pairs
+    if by.is_complex():
+        return torch.view_as_real(torch.view_as_complex(pairs) * by).flatten(-2).to(x.dtype)
+    (a, b), (cos, sin) = pairs.unbind(-1), by.unbind(-1)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
 
 
 # -------------------------------------------------------------------------------------------------- cache and mask
@@ -213,25 +225,33 @@ SMALL_HEAD = 16     # below this head_dim, attention is written out (`small_atte
 
 
 def new_cache(config: LlamaConfig, rows: int, slots: int, like: Tensor) -> Tensor:
-    """One allocation for all keys and values: [L, 2, B, S, G, D], in the dtype and on the device of `like`.
+    """One allocation for all keys and values: [L, B, S, 2, G, D], in the dtype and on the device of `like`.
 
-    With small heads the slots lie innermost in memory, so that products over them are contiguous. Zeros, not empty:
+    With small heads the slots lie innermost in memory, so that sums over them are contiguous. Zeros, not empty:
     a masked weight of 0 times a stale NaN would still be NaN.
     """
     layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     if size >= SMALL_HEAD:
-        return like.new_zeros(layers, 2, rows, slots, heads, size)
-    return like.new_zeros(layers, 2, rows, heads, size, slots).permute(0, 1, 2, 5, 3, 4)
+        return like.new_zeros(layers, rows, slots, 2, heads, size)
+    return like.new_zeros(layers, 2, rows, heads, size, slots).permute(0, 2, 5, 1, 3, 4)
+
+
+def some_rows(cache: Tensor, rows: Tensor) -> Tensor:
+    """A copy of the batch rows [n] of a cache, laid out in memory as `new_cache` does."""
+    if cache.shape[-1] >= SMALL_HEAD:
+        return cache[:, rows]
+    return cache.permute(0, 3, 1, 4, 5, 2)[:, :, rows].permute(0, 2, 5, 1, 3, 4)
 
 
 def keep_rows(cache: Tensor, length: Tensor, path: Tensor) -> None:
-    """Moves slot length + path[j] to slot length + j for every j, in place; cache [L, 2, B, S, G, D], path [B, P].
+    """Moves slot length + path[j] to slot length + j for every j, in place; cache [L, B, S, 2, G, D], path [B, P].
 
     Parents precede children, so path[j] >= j; the whole of `path` is read before anything is written.
     """
-    rows = torch.arange(path.shape[0], device=path.device)[:, None]
+    layers = torch.arange(len(cache), device=path.device)[:, None, None]
+    rows = torch.arange(len(path), device=path.device)[:, None]
     to = length[:, None] + torch.arange(path.shape[1], device=path.device)                                # [B, P]
-    cache[:, :, rows, to] = cache[:, :, rows, length[:, None] + path]
+    cache.index_put_((layers, rows, to), cache[layers, rows, length[:, None] + path])
 
 
 def mask_table(ancestors: Tensor, dtype=torch.float32) -> Tensor:
@@ -259,87 +279,98 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def rms_norm(x: Tensor, weight: Tensor, zero: Tensor, floor: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension H, in at least float32 as HF does.
+
+    Written as sqrt(H) x weight / hypot(|x|, floor), floor = sqrt(H eps): a third of the kernels that F.rms_norm has
+    on a CPU. zero, floor: these numbers as tensors, in the dtype to compute in.
+    """
+    y = x if x.dtype == zero.dtype else x.to(zero.dtype)
+    size = torch.hypot(torch.linalg.vector_norm(y, 2, -1, True), floor)
+    y = torch.addcdiv(zero, y * weight, size, value=x.shape[-1] ** 0.5)
+    return y if x.dtype == y.dtype else y.to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """x [T, I] times weight [I, O], plus bias [O], plus residual [T, O]: one kernel where there are no biases."""
+    if residual is None:
+        return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+    return torch.addmm(residual if bias is None else residual + bias, x, weight)
+
+
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Training's attention, no cache: [B, A, T, D], [B, G, T, D] twice → [B, A, T, D]. model/pretrain.py swaps it."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
 
 
 def small_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Attention for a few numbers a head, where torch's own kernel wastes its time: query [B, T, A, D] and key, value
-    [B, W, G, D], bias [B, T, W] → [B, T, A, D]. Compiled, the products over D are sums of D fused terms."""
-    (rows, tokens, heads, size), groups = query.shape, key.shape[2]
-    query = query.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).reshape(rows * groups, -1, size)    # [B G, r T, D]
-    key, value = (x.permute(0, 2, 3, 1).flatten(0, 1) for x in (key, value))                            # [B G, D, W]
-    bias = bias[:, None, None].expand(-1, groups, heads // groups, -1, -1).reshape(rows * groups, -1, key.shape[2])
-    if torch.compiler.is_compiling():
-        terms = [query[:, :, d, None] * key[:, None, d] for d in range(size)]
-        scores = sum(terms[1:], terms[0]) * size ** -0.5 + bias                                         # [B G, r T, W]
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        out = torch.stack([(weights * value[:, None, d]).sum(-1) for d in range(size)], -1)
-        out = out / weights.sum(-1, keepdim=True)
-    else:
-        weights = torch.baddbmm(bias, query, key, alpha=size ** -0.5).softmax(-1)
-        out = torch.bmm(weights, value.transpose(1, 2))
-    return out.view(rows, groups, -1, tokens, size).permute(0, 3, 1, 2, 4).reshape(rows, tokens, heads, size)
+    """Attention for a few numbers a head, where torch's own kernel wastes its time: query [n, T, D], key [n, D, W],
+    value [n, W, D], bias [n, T, W] → [n, T, D]. Compiled, the products over D are sums of D fused terms."""
+    scale = query.shape[-1] ** -0.5
+    if not torch.compiler.is_compiling():
+        return torch.bmm(torch.baddbmm(bias, query, key, alpha=scale).softmax(-1), value)
+    terms = [query[:, :, d, None] * key[:, None, d] for d in range(query.shape[-1])]
+    scores = sum(terms[1:], terms[0]) * scale + bias
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    out = torch.stack([(weights * value[:, None, :, d]).sum(-1) for d in range(query.shape[-1])], -1)
+    return out / weights.sum(-1, keepdim=True)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+class Past:
+    """The cache as attention uses it in one forward: where the new tokens are written, and which slots are read."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = at_least_float32(x.dtype)
-        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
-
-
-class Attention(nn.Module):
-    def __init__(self, c: LlamaConfig):
-        super().__init__()
-        self.queries, self.groups, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.qkv_proj = nn.Linear(c.hidden_size, (self.queries + 2 * self.groups) * c.head_dim, bias=c.attention_bias)
-        self.o_proj = nn.Linear(self.queries * c.head_dim, c.hidden_size, bias=c.attention_bias)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, at=None, past=None, bias=None) -> Tensor:
-        qkv = apply_rotary(self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)       # [B, T, A + 2G, D]
-        query, new = qkv.split((self.queries, 2 * self.groups), 2)
-        if cache is None:
-            key, value = new.transpose(1, 2).chunk(2, 1)
-            out = causal_attention(query.transpose(1, 2), key, value).transpose(1, 2)
+    def __init__(self, cache: Tensor, slots: Tensor, bias: Tensor, heads: int):
+        """cache [L, B, S, 2, G, D], slots [B, T], bias [B, T, W] of `visible`."""
+        (layers, rows), groups, self.cache = cache.shape[:2], cache.shape[4], cache
+        self.small, self.each = cache.shape[5] < SMALL_HEAD, heads // groups        # queries that share a key
+        numbers = torch.arange(layers, device=cache.device)[:, None, None].unbind(0)
+        b = torch.arange(rows, device=cache.device)[:, None]
+        self.at = [(number, b, slots) for number in numbers]    # a layer's number as a tensor: compiled, it is in place
+        key, value = cache[:, :, :bias.shape[-1]].unbind(3)                                     # [L, B, W, G, D] each
+        if self.small:                                          # `view`, not `reshape`: a copy would be stale
+            each_row = (layers, rows * groups, cache.shape[5], -1)
+            key = key.permute(0, 1, 3, 4, 2).view(each_row)
+            value = value.permute(0, 1, 3, 4, 2).view(each_row).transpose(2, 3)
+            bias = bias[:, None, None].expand(-1, groups, self.each, -1, -1).flatten(2, 3).flatten(0, 1)
         else:
-            cache[at] = new.unflatten(2, (2, -1))                                               # [B, T, 2, G, D]
-            key, value = past.unbind(0)                                                         # [B, W, G, D] each
-            if self.head_dim < SMALL_HEAD:
-                out = small_attention(query, key, value, bias)
-            else:
-                out = F.scaled_dot_product_attention(
-                    query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias[:, None],
-                    enable_gqa=self.queries != self.groups).transpose(1, 2)
-        return self.o_proj(out.flatten(2))
+            key, value, bias = key.transpose(2, 3), value.transpose(2, 3), bias[:, None]
+        self.keys, self.values, self.bias = key.unbind(0), value.unbind(0), bias
 
-
-class MLP(nn.Module):
-    def __init__(self, c: LlamaConfig):
-        super().__init__()
-        self.gate_up_proj = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+    def attention(self, layer: int, query: Tensor, new: Tensor) -> Tensor:
+        """Writes the new keys and values [B, T, 2, G, D], then attends from query [B, T, A, D] → [B, T, A, D]."""
+        self.cache.index_put_(self.at[layer], new)
+        key, value, (rows, tokens, _, size) = self.keys[layer], self.values[layer], query.shape
+        if not self.small:
+            return F.scaled_dot_product_attention(query.transpose(1, 2), key, value, self.bias,
+                                                  enable_gqa=self.each > 1).transpose(1, 2)
+        query = query.view(rows, tokens, -1, self.each, size).permute(0, 2, 3, 1, 4).reshape(len(key), -1, size)
+        out = small_attention(query, key, value, self.bias)                                     # [B G, each T, D]
+        return out.view(rows, -1, self.each, tokens, size).permute(0, 3, 1, 2, 4)
 
 
 class Layer(nn.Module):
+    """The parameters of one layer: q, k and v stand in one matrix, as do gate and up."""
+
     def __init__(self, c: LlamaConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c)
+        matrix = lambda rows, columns: nn.Parameter(nn.init.normal_(torch.empty(rows, columns), std=0.02))
+        vector = lambda size, wanted: nn.Parameter(torch.zeros(size)) if wanted else None
+        query = c.num_attention_heads * c.head_dim
+        qkv = query + 2 * c.num_key_value_heads * c.head_dim
+        self.input_layernorm = nn.Parameter(torch.ones(c.hidden_size))
+        self.qkv_proj, self.qkv_bias = matrix(qkv, c.hidden_size), vector(qkv, c.attention_bias)
+        self.o_proj, self.o_bias = matrix(c.hidden_size, query), vector(c.hidden_size, c.attention_bias)
+        self.post_attention_layernorm = nn.Parameter(torch.ones(c.hidden_size))
+        self.gate_up_proj = matrix(2 * c.intermediate_size, c.hidden_size)
+        self.gate_up_bias = vector(2 * c.intermediate_size, c.mlp_bias)
+        self.down_proj = matrix(c.hidden_size, c.intermediate_size)
+        self.down_bias = vector(c.hidden_size, c.mlp_bias)
 
-    def forward(self, x: Tensor, *attention_args) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *attention_args)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def weights(self) -> tuple:
+        """As `forward` uses them, matrices transposed [in, out]."""
+        return (self.input_layernorm, self.qkv_proj.t(), self.qkv_bias, self.o_proj.t(), self.o_bias,
+                self.post_attention_layernorm, self.gate_up_proj.t(), self.gate_up_bias,
+                self.down_proj.t(), self.down_bias)
 
 
 class Llama(nn.Module):
@@ -350,47 +381,76 @@ class Llama(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.Parameter(torch.ones(config.hidden_size))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.register_buffer("rotary", rotary_table(config), persistent=False)                  # [positions, 2, D/2]
+        self.set_buffers(torch.float32, "cpu")
+        self.weights = None
+
+    def set_buffers(self, dtype, device) -> None:
+        """What follows from the config alone, in the dtype that norms and rotary embedding are computed in."""
+        floor = (self.config.hidden_size * self.config.rms_norm_eps) ** 0.5
+        for name, buffer in (("rotary", rotary_table(self.config, dtype)),                      # [positions, D/2, 2]
+                             ("zero_and_floor", torch.tensor([0, floor], dtype=dtype, device="cpu"))):
+            self.register_buffer(name, buffer.to(device), persistent=False)
+
+    def _apply(self, *args, **options):
+        self.weights = None                                     # moved or converted: to be collected anew
+        return super()._apply(*args, **options)
+
+    def layer_weights(self) -> list:
+        """`Layer.weights` of all layers, kept for inference: to look them up costs as much as to multiply by them."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return [layer.weights() for layer in self.layers]
+        if self.weights is None:
+            self.weights = [layer.weights() for layer in self.layers]
+        return self.weights
 
     def forward(self, ids: Tensor, position_ids: Tensor | None = None, bias: Tensor | None = None,
                 cache: Tensor | None = None, slots: Tensor | None = None) -> Tensor:
         """ids [B, T] → hidden after the final norm [B, T, H].
 
-        Training: ids alone (causal, positions 0 .. T-1). Everything else: a cache [L, 2, B, S, G, D], the slots
+        Training: ids alone (causal, positions 0 .. T-1). Everything else: a cache [L, B, S, 2, G, D], the slots
         [B, T] to write the new keys and values to, their position_ids [B, T] and the bias [B, T, W] of `visible`.
         """
-        c, hidden = self.config, self.embed_tokens(ids)                                         # [B, T, H]
+        c, (rows, tokens), (zero, floor) = self.config, ids.shape, self.zero_and_floor.unbind()
+        hidden = self.embed_tokens(ids.flatten())               # [B T, H]
         if position_ids is None:
-            position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
-        turning = c.num_attention_heads + c.num_key_value_heads
-        cos, sin = rotary_rows(self.rotary, position_ids, turning, turning + c.num_key_value_heads)
-        cos, sin = cos.to(hidden.dtype), sin.to(hidden.dtype)
-        if cache is None:
-            for layer in self.layers:
-                hidden = layer(hidden, cos, sin)
-            return self.norm(hidden)
-        bias, rows = bias.to(hidden.dtype), torch.arange(len(ids), device=ids.device)[:, None]
-        numbers = torch.arange(len(cache), device=ids.device)[:, None, None].unbind(0)     # tensors, so that compiled, too,
-        for layer, number, past in zip(self.layers, numbers, cache[:, :, :, :bias.shape[-1]].unbind(0), strict=True):
-            hidden = layer(hidden, cos, sin, cache, (number, slice(None), rows, slots), past, bias)  # it is in place
-        return self.norm(hidden)
+            position_ids = torch.arange(tokens, device=ids.device)[None]
+        queries, groups = c.num_attention_heads, c.num_key_value_heads
+        by = rotation(self.rotary, position_ids, queries + groups, groups)
+        past = None if cache is None else Past(cache, slots, bias.to(hidden.dtype), queries)
+        for number, weights in enumerate(self.layer_weights()):
+            norm_1, qkv, qkv_bias, o, o_bias, norm_2, gate_up, gate_up_bias, down, down_bias = weights
+            x = linear(rms_norm(hidden, norm_1, zero, floor), qkv, qkv_bias)
+            query, new = apply_rotary(x.view(rows, tokens, -1, c.head_dim), by).split((queries, 2 * groups), 2)
+            if past is None:
+                key, value = new.transpose(1, 2).chunk(2, 1)                                    # [B, G, T, D] each
+                x = causal_attention(query.transpose(1, 2), key, value).transpose(1, 2)
+            else:
+                x = past.attention(number, query, new.view(rows, tokens, 2, groups, c.head_dim))
+            hidden = linear(x.reshape(rows * tokens, -1), o, o_bias, hidden)
+            gate, up = linear(rms_norm(hidden, norm_2, zero, floor), gate_up, gate_up_bias).chunk(2, -1)
+            hidden = linear(F.silu(gate) * up, down, down_bias, hidden)
+        return rms_norm(hidden, self.norm, zero, floor).view(rows, tokens, -1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """HF's names → views of our parameters: q, k and v are one matrix here, so are gate and up; the rest is HF's."""
-        c, named = self.config, {}
+        """HF's names → views of our parameters (the rows of q_proj and k_proj `interleaved`)."""
+        c = self.config
         query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        fused = {"qkv_proj": {"q_proj": query, "k_proj": key, "v_proj": key},
-                 "gate_up_proj": {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}}
-        for name, p in self.named_parameters():
-            module = name.split(".")[-2]
-            parts = fused.get(module, {module: len(p)})
-            named |= {hf_name(name.replace(module, part)): view
-                      for part, view in zip(parts, p.detach().split(list(parts.values())), strict=True)}
-        return named
+        parts = {"qkv": {"self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": key},
+                 "o": {"self_attn.o_proj": c.hidden_size}, "down": {"mlp.down_proj": c.hidden_size},
+                 "gate_up": {"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}}
+        named = {"model.embed_tokens.weight": self.embed_tokens.weight.detach()}
+        for i, layer in enumerate(self.layers):
+            for name, p in layer.named_parameters():
+                owner, _, kind = name.rpartition("_")           # qkv_proj → a weight, qkv_bias → a bias
+                split = parts.get(owner, {name: len(p)})
+                named |= {f"model.layers.{i}.{part}.{'bias' if kind == 'bias' else 'weight'}": view
+                          for part, view in zip(split, p.detach().split(list(split.values())), strict=True)}
+        named["model.norm.weight"] = self.norm.detach()
+        return named if c.tie_word_embeddings else named | {"lm_head.weight": self.lm_head.weight.detach()}
 
     @classmethod
     def from_pretrained(cls, name_or_path, *, dtype=None, device="cpu", revision=None) -> "Llama":
@@ -410,24 +470,25 @@ class Llama(nn.Module):
         model = model.to(dtype).to_empty(device=device)
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
-        read_tensors(handles, model.tensors(), what)
-        model.rotary = rotary_table(config, at_least_float32(dtype)).to(device)
+        tensors = model.tensors()
+        read_tensors(handles, tensors, what)
+        for name, tensor in tensors.items():
+            if "q_proj" in name or "k_proj" in name:
+                tensor.copy_(interleaved(tensor, config.head_dim))
+        model.set_buffers(at_least_float32(dtype), device)
         return model.eval()
 
     def save(self, folder, dtype: torch.dtype | None = None) -> None:
         """Writes `config.json` and `model.safetensors` as HF would; transformers loads the folder."""
-        tensors = {name: t.to("cpu", dtype).contiguous() for name, t in self.tensors().items()}
+        tensors = {name: half_split(t, self.config.head_dim) if "q_proj" in name or "k_proj" in name else t
+                   for name, t in self.tensors().items()}
+        tensors = {name: t.to("cpu", dtype).contiguous() for name, t in tensors.items()}
         stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         write_tensors(Path(folder) / "model.safetensors", tensors)
         write_json(Path(folder) / "config.json", self.config.to_dict() | {"dtype": stored, "torch_dtype": stored})
 
 
 # ------------------------------------------------------------------------------------------- checkpoint files
-
-def hf_name(name: str) -> str:
-    """Our parameter name → HF's: everything but lm_head lives in `model.`"""
-    return name if name.startswith("lm_head") else f"model.{name}"
-
 
 def model_name(name_or_path) -> str:
     """How a model is named in what is written down: a folder by its own name without its path, a hub id whole."""

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import (ROTARY_SLACK, Llama, UserError, at_least_float32, keep_rows, locate, mask_table, new_cache,
-                   open_tensors, read_json, read_tensors, visible, write_json, write_tensors)
+                   open_tensors, read_json, read_tensors, some_rows, visible, write_json, write_tensors)
 
 # ------------------------------------------------------------------------------------------------------------- tree
 
@@ -461,7 +461,7 @@ def uniforms(seeds, count: int) -> Tensor:
 
 class State(NamedTuple):
     """Everything that changes while decoding. Invariant: emitted tokens = those in the cache behind the prompt + 1."""
-    cache: Tensor      # [L, 2, B, S, G, D], the one tensor written in place
+    cache: Tensor      # [L, B, S, 2, G, D], the one tensor written in place
     length: Tensor     # [B] committed slots of the cache
     token: Tensor      # [B] emitted, not yet in the cache: the root of the next tree
     recent: Tensor     # [B, R, H] the newest hidden states; the last one chose `token`
@@ -567,7 +567,7 @@ PREFILL_CHUNK = 512     # prompt tokens a forward: bounds the memory of the mask
 
 def window_of(slots: int, cache: Tensor) -> Tensor:
     """0, 1, .. up to at least `slots`, the next multiple of 32: a short text does not pay for the context."""
-    return torch.arange(min(-(-slots // 32) * 32, cache.shape[3]), device=cache.device)
+    return torch.arange(min(-(-slots // 32) * 32, cache.shape[2]), device=cache.device)
 
 
 def prefill(model: Llama, prompts: list, cache: Tensor, recent: int = 1) -> tuple[Tensor, Tensor]:
@@ -649,7 +649,7 @@ def generate(model: Llama, prompts: list, max_new_tokens: int, *, heads: MedusaH
         alive = [i for i, left in enumerate(remaining) if left]
         if 4 * len(alive) <= 3 * len(rows):         # a finished row costs as much as another: let a quarter of them go
             keep = torch.tensor(alive, device=device)
-            state = State(state.cache[:, :, keep], *(t[keep] for t in state[1:]))
+            state = State(some_rows(state.cache, keep), *(t[keep] for t in state[1:]))
             rows, lengths = [rows[i] for i in alive], [lengths[i] for i in alive]
         arguments = (model, heads, tree, state, window_of(max(lengths) + nodes, state.cache), sampling, eos)
         state, out, count = run("base_inference", step, *arguments) if plain else step(*arguments, run)

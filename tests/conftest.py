@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llama import Llama, LlamaConfig, command_line, rotary_table, write_json  # noqa: E402
+from llama import Llama, LlamaConfig, command_line, write_json  # noqa: E402
 from tinymedusa import MedusaHeads  # noqa: E402
 
 torch.set_num_threads(1)
@@ -26,7 +26,7 @@ def tiny_llama(seed=0, dtype=torch.float64, std=0.35, **over) -> Llama:
     for p in model.parameters():
         p.data.normal_(0, std) if p.dim() == 2 else p.data.uniform_(0.5, 1.5)
     model = model.to(dtype)
-    model.rotary = rotary_table(model.config, dtype)
+    model.set_buffers(dtype or torch.float32, "cpu")
     return model.eval()
 
 

@@ -46,7 +46,7 @@ def test_limits_in_mid_path():
 
 
 def test_commit_ends_the_row_at_eos_and_takes_the_last_nodes_hidden():
-    cache = torch.zeros(2, 2, 1, 20, 2, 8)
+    cache = torch.zeros(2, 1, 20, 2, 2, 8)
     recent = torch.tensor([-3.0, -2, -1])[None, :, None].expand(1, 3, 32)
     before = state()._replace(cache=cache, length=torch.tensor([5]), recent=recent)
     hidden = torch.arange(6.0)[None, :, None].expand(1, 6, 32)                   # node i's hidden is all i

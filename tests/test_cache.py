@@ -24,12 +24,12 @@ def test_no_cache_is_prefill_and_one_is_one_by_one_is_chunked(seed, monkeypatch)
         expected = torch.stack([model(torch.tensor([p]))[0, -1] for p in prompts])
         for chunk in (512, rng.randint(1, 20), 1):                              # whole, in pieces, one by one
             monkeypatch.setattr(tinymedusa, "PREFILL_CHUNK", chunk)
-            length, last = prefill(model, prompts, new_cache(model.config, 3, 140, like=model.norm.weight))
+            length, last = prefill(model, prompts, new_cache(model.config, 3, 140, like=model.norm))
             assert length.tolist() == [len(p) for p in prompts]
             assert torch.allclose(last[:, 0], expected, atol=1e-12)
         monkeypatch.setattr(tinymedusa, "PREFILL_CHUNK", 512)
         longer = [p + [5] for p in prompts]                                     # prefill, then one more token
-        cache = new_cache(model.config, 3, 140, like=model.norm.weight)
+        cache = new_cache(model.config, 3, 140, like=model.norm)
         length, _ = prefill(model, prompts, cache)
         last = feed(model, torch.full((3, 1), 5), *CHAIN(1), cache, length, torch.arange(128))[:, -1]
         assert torch.allclose(last, torch.stack([model(torch.tensor([p]))[0, -1] for p in longer]), atol=1e-12)
@@ -51,11 +51,11 @@ def test_visible_against_its_definition(seed):
 
 
 def test_keep_rows_moves_only_the_path():
-    cache = torch.arange(2 * 2 * 2 * 9 * 1 * 1.0).view(2, 2, 2, 9, 1, 1)        # L 2, B 2, S 9
+    cache = torch.arange(2 * 2 * 9 * 2 * 1 * 1.0).view(2, 2, 9, 2, 1, 1)        # L 2, B 2, S 9
     before = cache.clone()
     keep_rows(cache, torch.tensor([3, 1]), torch.tensor([[0, 2, 4], [0, 1, 2]]))
     expected = before.clone()
-    expected[:, :, 0, 4], expected[:, :, 0, 5] = before[:, :, 0, 5], before[:, :, 0, 7]
+    expected[:, 0, 4], expected[:, 0, 5] = before[:, 0, 5], before[:, 0, 7]
     assert torch.equal(cache, expected)                                         # row 1's path is where it stands
 
 
@@ -78,10 +78,10 @@ def test_after_each_commit_the_cache_is_a_fresh_prefill(seed):
             assert state.length.tolist() == [len(t) - 1 for t in texts]         # all but the pending token
             assert state.token.tolist() == [t[-1] for t in texts]
             for b, text in enumerate(texts):
-                fresh = new_cache(model.config, 1, 140, like=model.norm.weight)
+                fresh = new_cache(model.config, 1, 140, like=model.norm)
                 _, last = prefill(model, [text[:-1]], fresh, 3)
                 n = len(text) - 1
-                assert torch.allclose(state.cache[:, :, b, :n], fresh[:, :, 0, :n], atol=1e-11)
+                assert torch.allclose(state.cache[:, b, :n], fresh[:, 0, :n], atol=1e-11)
                 assert torch.allclose(state.recent[b], last[0], atol=1e-11)
     assert accepted or len(tree.paths) < 8
 
@@ -92,9 +92,9 @@ def test_stale_rows_are_never_seen():
     model, prompt = tiny_llama(), [[1, 5, 6, 7, 3, 9, 4]]
     results = []
     for garbage in (0.0, 1e3):
-        cache = new_cache(model.config, 1, 100, like=model.norm.weight)
+        cache = new_cache(model.config, 1, 100, like=model.norm)
         length, _ = prefill(model, prompt, cache)
-        cache[:, :, :, 7:] = garbage
+        cache[:, :, 7:] = garbage
         results.append(feed(model, torch.tensor([[4, 8]]), *CHAIN(2), cache, length, torch.arange(64)))
     assert torch.equal(*results)
 
@@ -109,4 +109,4 @@ def test_a_finished_row_stays_as_it_is():
     assert count[0] == 0 and count[1] > 0
     for name in ("length", "token", "recent", "emitted", "remaining"):
         assert torch.equal(getattr(after, name)[0], getattr(state, name)[0]), name
-    assert torch.equal(after.cache[:, :, 0, :3], state.cache[:, :, 0, :3])
+    assert torch.equal(after.cache[:, 0, :3], state.cache[:, 0, :3])

@@ -226,7 +226,7 @@ def test_self_distilled_text_is_what_each_opening_gives_alone(temperature, medus
 
 def test_conversations_answered_anew(tokenizer):
     """Slow definition: one conversation at a time, each question behind the model's own earlier answers."""
-    model = tiny_llama(vocab_size=300, max_position_embeddings=700)
+    model = tiny_llama(1, vocab_size=300, max_position_embeddings=700)
     talks = {3: [["hi", "x"], ["and now?", "y"]], 4: [["a longer question", "z"]],
              9: [["q", "x"], ["r", "x"], ["s", "x"]]}
     documents = list(answered_anew(talks, tokenizer, writer(model, 1.0, limit=200), 2, 700))

@@ -338,7 +338,7 @@ def test_medusa_2s_first_half_leaves_the_base_alone_and_the_kl_holds_it(tmp_path
     monkeypatch.setattr(train_heads, "backward", lambda *a: joint.append(a[3] is not None) or real(*a))
     model, _ = trained(tmp_path, texts(), "--medusa-2", "--epochs", 2, "--base-lr", 1e-3)
     assert joint == [False, False, True, True]
-    assert not torch.equal(model.layers[0].mlp.down_proj.weight, tiny_llama().layers[0].mlp.down_proj.weight)
+    assert not torch.equal(model.layers[0].down_proj, tiny_llama().layers[0].down_proj)
     base, batch, hidden = tiny_llama().requires_grad_(False), make_batch(texts(1), 2), torch.randn(21, 32).double()
     kl = lambda before: sum(
         loss.item() for loss in train_heads.base_results(base, hidden, batch, (base.lm_head, before)))

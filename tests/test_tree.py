@@ -31,7 +31,7 @@ def test_node_logits_are_those_of_the_path_in_sequence(seed):
     rng = random.Random(seed)
     model, prompt, tree = tiny_llama(seed), random_prompt(rng), Tree.from_paths(random_tree(rng), 4, 12)
     ids = torch.randint(0, 12, (1, len(tree.paths)), generator=torch.Generator().manual_seed(seed))
-    cache = new_cache(model.config, 1, 160, like=model.norm.weight)
+    cache = new_cache(model.config, 1, 160, like=model.norm)
     length, _ = prefill(model, [prompt], cache)
     with torch.inference_mode():
         hidden = feed(model, ids, tree.depth, tree.mask, cache, length, torch.arange(128))[0]
@@ -69,7 +69,7 @@ def test_the_root_alone():
     tree = Tree.root()
     assert tree.paths == [[]] and tree.path.tolist() == [[0]] and tree.ancestors.tolist() == [[True]]
     model = tiny_llama()
-    cache = new_cache(model.config, 1, 70, like=model.norm.weight)
+    cache = new_cache(model.config, 1, 70, like=model.norm)
     length, _ = prefill(model, [[1, 3]], cache)
     state = State(cache, length, torch.tensor([7]), None, None, None, None)
     with torch.inference_mode():
