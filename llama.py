@@ -293,9 +293,28 @@ def rms_norm(x: Tensor, weight: Tensor, zero: Tensor, floor: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """x [T, I] times weight [I, O], plus bias [O], plus residual [T, O]: one kernel where there are no biases."""
+    if weight.is_mkldnn:
+        return packed_linear(x, weight, bias) if residual is None else residual + packed_linear(x, weight, bias)
     if residual is None:
         return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
     return torch.addmm(residual if bias is None else residual + bias, x, weight)
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same with a weight of `Llama.pack`. Four rows are read faster than one: fewer are filled up with zeros."""
+    filled = x if len(x) >= 4 else F.pad(x, (0, 0, 0, 4 - len(x)))
+    return torch.ops.mkldnn._linear_pointwise(filled, weight, bias, "none", [], "")[:len(x)]
+
+
+class PackedHead(nn.Module):
+    """An `lm_head` whose matrix is packed."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.packed = weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return packed_linear(hidden.flatten(0, -2), self.packed, None).unflatten(0, hidden.shape[:-1])
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -434,6 +453,18 @@ class Llama(nn.Module):
             gate, up = linear(rms_norm(hidden, norm_2, zero, floor), gate_up, gate_up_bias).chunk(2, -1)
             hidden = linear(F.silu(gate) * up, down, down_bias, hidden)
         return rms_norm(hidden, self.norm, zero, floor).view(rows, tokens, -1)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """For decoding a large model on a CPU, and nothing else: its matrices in oneDNN's own layout, which is read at
+        nearly the memory's speed for 1 to 16 rows, twice that of a plain product. The plain ones are let go."""
+        pack = lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)
+        self.weights = []
+        for layer in self.layers:
+            self.weights.append([w if w is None or w.dim() == 1 else pack(w.t()) for w in layer.weights()])
+            for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
+                setattr(layer, name, None)
+        self.lm_head = PackedHead(pack(self.lm_head.weight))
 
     def tensors(self) -> dict[str, Tensor]:
         """HF's names → views of our parameters (the rows of q_proj and k_proj `interleaved`)."""

@@ -14,10 +14,13 @@ base itself chose there, the output is plain decoding's, token for token, at any
 Shape letters: B rows, N nodes of the tree (root included), P path length (tree depth + 1), K heads, R hidden states a
                head sees, T tokens, W window of the cache, H hidden, V vocabulary, D draft vocabulary
 """
+import hashlib
 import itertools
 import json
 import os
+import sys
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +28,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+import llama
 from llama import (ROTARY_SLACK, Llama, UserError, at_least_float32, keep_rows, locate, mask_table, new_cache,
-                   open_tensors, read_json, read_tensors, some_rows, visible, write_json, write_tensors)
+                   open_tensors, read_json, read_tensors, some_rows, visible, write_atomic, write_json, write_tensors)
 
 # ------------------------------------------------------------------------------------------------------------- tree
 
@@ -239,16 +245,17 @@ class MedusaHeads(nn.Module):
         embeddings, lm_head = model.embed_tokens.weight, model.lm_head.weight
         if self.kind != "medusa":
             embeddings = F.rms_norm(embeddings, (self.hidden_size,), eps=1e-6)
-        self.borrowed = embeddings, lm_head if self.token_map is None else lm_head[self.token_map]
+        self.register_buffer("embeddings", embeddings, persistent=False)
+        self.register_buffer("lm_head", lm_head if self.token_map is None else lm_head[self.token_map], persistent=False)
 
     @classmethod
     def untrained(cls, model: Llama, num_heads: int, **options) -> "MedusaHeads":
         """New heads that repeat the base: blocks are the identity, own vocabulary matrices copies of its `lm_head`."""
         heads = cls(model, num_heads, **options)
-        heads.to(model.lm_head.weight.device, at_least_float32(model.lm_head.weight.dtype))     # to be trained in
+        heads.to(model.norm.device, at_least_float32(model.norm.dtype))     # to be trained in
         heads.borrow(model)
         if heads.vocabulary is not None:
-            heads.vocabulary.data.copy_(heads.borrowed[1].detach().expand_as(heads.vocabulary))
+            heads.vocabulary.data.copy_(heads.lm_head.detach().expand_as(heads.vocabulary))
         return heads
 
     def seen(self, k: int) -> int:
@@ -265,16 +272,15 @@ class MedusaHeads(nn.Module):
         recent [T, R, H] of the base in the heads' dtype, newest last; tokens [T, n]: the ids that follow, at least
         those seen.
         """
-        embeddings, lm_head = self.borrowed
         z = recent.flatten(1)
         if seen := self.seen(last):
-            embedded = F.embedding(tokens[:, :seen], embeddings).flatten(1)
+            embedded = F.embedding(tokens[:, :seen], self.embeddings).flatten(1)
             z = torch.cat((z, embedded.to(z.dtype)), 1)                                             # [T, inputs]
         x, z = (t.expand(last - first, *t.shape) for t in (recent[:, -1], z))
         for block in self.blocks:
             x = z = block(x, z, first)
         if self.vocabulary is None:
-            return F.linear(x, lm_head.to(x.dtype))
+            return F.linear(x, self.lm_head.to(x.dtype))
         return torch.bmm(x, self.vocabulary[first:last].transpose(1, 2))
 
     def all_logits(self, recent: Tensor, tokens: Tensor) -> Tensor:
@@ -339,7 +345,7 @@ class MedusaHeads(nn.Module):
                         bool(config.get("tie_lm_head")), config.get("medusa_width"),
                         config.get("medusa_kind") or "medusa", config.get("medusa_recent") or 1,
                         None if size is None else torch.arange(size))
-        heads = heads.to_empty(device=model.lm_head.weight.device).to(model.lm_head.weight.dtype)
+        heads = heads.to_empty(device=model.norm.device).to(model.norm.dtype)
         what = f"heads {name_or_path}"
         read_tensors(open_tensors([locate(name_or_path, "model.safetensors", revision)], what), heads.names(), what)
         ids = torch.arange(1) if heads.token_map is None else heads.token_map
@@ -549,15 +555,88 @@ def commit(state: State, hidden: Tensor, path: Tensor, out: Tensor, count: Tenso
 
 
 def step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, window: Tensor, sampling: Sampling,
-         eos: Tensor, run=call) -> tuple[State, Tensor, Tensor]:
-    """One decoding step → the next state, out [B, P] and count [B]: row b emits out[b, :count[b]].
+         eos: Tensor, run=call) -> tuple[State, Tensor]:
+    """One decoding step → the next state and what the host reads, [B, 2 + P]: count, remaining, out.
 
-    window [W] = 0, 1, ..: the slots of the cache that attention reads, all that are in use at least.
+    Row b emits out[b, :count[b]]. window [W] = 0, 1, ..: the slots of the cache that attention reads, at least all that
+    are in use.
     """
     ids = run("medusa", draft, heads, tree, state)
     hidden, logits = run("tree", verify, model, tree, ids, state, window)
     path, out, count = run("posterior", accept, tree, ids, logits, state, sampling, eos)
-    return run("update", commit, state, hidden, path, out, count, eos), out, count
+    state = run("update", commit, state, hidden, path, out, count, eos)
+    return state, torch.cat((count[:, None], state.remaining[:, None], out), 1)
+
+
+# -------------------------------------------------------------------------------------------------- the compiled step
+
+COMPILE_OPTIONS = {     # of torch's Inductor; each was measured to pay
+    "freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN",       # weights packed for C++ GEMMs
+    "realize_opcount_threshold": 8, "realize_reads_threshold": 2,                # the mask once, not in each layer anew
+    "cpp.enable_floating_point_contract_flag": "fast",                           # fused multiply-adds
+    "size_asserts": False, "nan_asserts": False, "alignment_asserts": False,
+    "autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+
+
+class StepGraph(nn.Module):
+    """`step` with all that stays the same, as torch.export wants it: tensors in, tensors out."""
+
+    def __init__(self, model: Llama, heads: MedusaHeads | None, tree: Tree, sampling: Sampling, eos: Tensor):
+        super().__init__()
+        self.model, self.heads, self.sampling = model, heads, sampling
+        leaves, self.spec = tree_flatten((tree, eos))
+        self.names = [f"constant_{i}" if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(leaves)]
+        for name, leaf in zip(self.names, leaves, strict=True):
+            if isinstance(leaf, Tensor):
+                self.register_buffer(name, leaf)
+
+    def forward(self, window: Tensor, *state: Tensor) -> tuple:
+        constants = [getattr(self, name) if isinstance(name, str) else name for name in self.names]
+        tree, eos = tree_unflatten(constants, self.spec)
+        state, report = step(self.model, self.heads, tree, State(*state), window, self.sampling, eos)
+        return *state[1:], report                                               # the cache is written in place
+
+
+def graph_key(graph: StepGraph, state: State) -> str:
+    """A name for a compiled step: a hash of everything that it depends on, the code and the weights included."""
+    digest = hashlib.sha256(repr((
+        torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), COMPILE_OPTIONS,
+        graph.model.config, graph.sampling, graph.names, [(t.shape, t.dtype, t.stride()) for t in state])).encode())
+    for file in (__file__, llama.__file__):
+        digest.update(Path(file).read_bytes())
+    for name, tensor in itertools.chain(graph.named_parameters(), graph.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def compile_step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, sampling: Sampling, eos: Tensor):
+    """`step` as one graph: a function (window, *state) → (*state without the cache, report), for states of this shape.
+
+    On a CPU ahead of time (AOTInductor): half a minute, then kept beside torch's own cache, from where it loads in
+    milliseconds. Elsewhere by torch.compile with CUDA graphs. UserError where it can't be done.
+    """
+    graph = StepGraph(model, heads, tree, sampling, eos)
+    if model.norm.device.type != "cpu":
+        return torch.compile(graph, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    if not isinstance(model.lm_head, nn.Linear):
+        raise UserError("a model of this size is not compiled on a CPU: its step is bound by reading the weights")
+    path = Path(cache_dir()) / "tinymedusa" / f"{graph_key(graph, state)}.pt2"
+    try:
+        if not path.exists():
+            print(f"compiling a step of {len(tree.paths)} nodes, once (it is kept in {path.parent}) ...", file=sys.stderr)
+            shapes = ({0: 32 * torch.export.Dim("w", min=1, max=max(2, state.cache.shape[2] // 32))}, (None,) * len(state))
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exported = torch.export.export(graph, (torch.arange(64), *state), dynamic_shapes=shapes, strict=False)
+                write_atomic(path, lambda temporary: torch._inductor.aoti_compile_and_package(
+                    exported, package_path=str(temporary), inductor_configs=COMPILE_OPTIONS))
+        run = torch._inductor.aoti_load_package(str(path)).loader.run
+    except UserError:
+        raise
+    except Exception as error:      # the compiler raises what it likes
+        raise UserError(f"the step can't be compiled here: {str(error).strip().partition(chr(10))[0]}") from error
+    return lambda *tensors: run(list(tensors))
 
 
 # --------------------------------------------------------------------------------------------------------- generation
@@ -587,23 +666,29 @@ def prefill(model: Llama, prompts: list, cache: Tensor, recent: int = 1) -> tupl
     return length, last
 
 
-def start(model: Llama, prompts: list, max_new_tokens: int, nodes: int, path: int, sampling: Sampling, eos: Tensor,
-          seeds, recent: int = 1) -> tuple[State, Tensor, Tensor]:
-    """The stage `init`: prefill, then the first token, by the same accept and commit as every other one."""
-    context, device = model.config.max_position_embeddings, model.lm_head.weight.device
+def start(model: Llama, prompts: list, max_new_tokens: int, tree: Tree, sampling: Sampling, eos: Tensor, seeds,
+          recent: int = 1, whole: bool = False) -> tuple[State, Tensor]:
+    """The stage `init`: prefill, then the first token, by the same accept and commit as every other one.
+
+    whole: sizes for the whole context, the same for every prompt, as a compiled step wants them.
+    """
+    context, device = model.config.max_position_embeddings, model.norm.device
     longest, max_new_tokens = max(map(len, prompts)), min(max_new_tokens, context)
+    nodes, path = tree.path.shape
     slots = min(longest + max_new_tokens, context) + max(nodes, min(longest, PREFILL_CHUNK))
-    cache = new_cache(model.config, len(prompts), slots, like=model.lm_head.weight)
+    cache = new_cache(model.config, len(prompts), context + PREFILL_CHUNK if whole else slots, like=model.norm)
     length, last = prefill(model, prompts, cache, recent)
     remaining = torch.tensor([min(max_new_tokens, context - len(p)) for p in prompts], device=device)
-    uniform = uniforms(seeds, max_new_tokens + path if sampling.temperature else 1).to(device)
+    draws = 1 if sampling.temperature == 0 else (context if whole else max_new_tokens) + path
     root, token = Tree.root().to(device), torch.tensor([p[-1] for p in prompts], device=device)
     # as if the prompt's last token were the root of a tree of one node, already verified: its hidden state is the new
     # one, those before it the recent ones (the roll puts it first, where `latest` drops it)
-    state = State(cache, length - 1, token, last.roll(1, 1), torch.zeros_like(length), remaining, uniform)
+    state = State(cache, length - 1, token, last.roll(1, 1), torch.zeros_like(length), remaining,
+                  uniforms(seeds, draws).to(device))
     hidden = last[:, -1:]
     chosen, out, count = accept(root, token[:, None], model.lm_head(hidden), state, sampling, eos)
-    return commit(state, hidden, chosen, out, count, eos), out, count
+    state = commit(state, hidden, chosen, out, count, eos)
+    return state, torch.cat((count[:, None], state.remaining[:, None], out), 1)
 
 
 def check_prompts(prompts: list, context: int) -> None:
@@ -618,42 +703,51 @@ def check_prompts(prompts: list, context: int) -> None:
 @torch.inference_mode()
 def generate(model: Llama, prompts: list, max_new_tokens: int, *, heads: MedusaHeads | None = None,
              tree: Tree | None = None, sampling: Sampling = GREEDY, seeds=None, eos=None,
-             max_steps: int | None = None, run=call):
+             max_steps: int | None = None, run=call, compiled=None):
     """Yields, for the prefill and then for each step, B lists: the new ids of each row, as they come.
 
     A row ends with the first end-of-text token (`eos`, default the model's; it is yielded), at `max_new_tokens` or at
     the context's end; after `max_steps` steps all rows end. No heads or no tree: plain decoding. Row b's draws come
     from seeds[b] (default 0, 1, ...), so a row's tokens are the same alone and in any batch, with heads and without.
-    Raises UserError: see `check_prompts`.
+    compiled: None, or a dict that keeps compiled steps from call to call: decode with `compile_step`.
+    Raises UserError: see `check_prompts`, `compile_step`.
     """
     check_prompts(prompts, model.config.max_position_embeddings)
-    device = model.lm_head.weight.device
+    device = model.norm.device
     plain = heads is None or tree is None or len(tree.paths) == 1
-    tree = Tree.root().to(device) if plain else tree.to(device)
+    heads, tree = (None, Tree.root().to(device)) if plain else (heads, tree.to(device))
     eos = torch.tensor(model.config.eos_token_ids if eos is None else tuple(eos), dtype=torch.long, device=device)
-    nodes, path = tree.path.shape
-    state, out, count = run("init", start, model, prompts, max_new_tokens, nodes, path, sampling, eos,
-                            range(len(prompts)) if seeds is None else seeds, 1 if plain else heads.recent)
+    state, report = run("init", start, model, prompts, max_new_tokens, tree, sampling, eos,
+                        range(len(prompts)) if seeds is None else seeds, 1 if plain else heads.recent,
+                        compiled is not None)
+    if compiled is not None:
+        key = (len(prompts), sampling, str(tree.paths), tuple(eos.tolist()))
+        if key not in compiled:
+            compiled[key] = compile_step(model, heads, tree, state, sampling, eos)
     lengths, steps = [len(p) - 1 for p in prompts], 0          # state.length, without reading it back
     rows = list(range(len(prompts)))                           # the prompts that the rows of `state` belong to
     while True:
-        # the one read-back of a step
-        counts, new, remaining = (t.tolist() for t in (count, out, state.remaining))
+        report = report.tolist()                               # the one read-back of a step
         emitted = [[] for _ in prompts]
-        for row, ids, n in zip(rows, new, counts, strict=True):
-            emitted[row] = ids[:n]
+        for row, (count, _, *ids) in zip(rows, report, strict=True):
+            emitted[row] = ids[:count]
         yield emitted
-        if not any(remaining) or steps == max_steps:
+        alive = [i for i, (_, remaining, *_) in enumerate(report) if remaining]
+        if not alive or steps == max_steps:
             return
-        lengths = [a + n for a, n in zip(lengths, counts, strict=True)]
-        alive = [i for i, left in enumerate(remaining) if left]
-        if 4 * len(alive) <= 3 * len(rows):         # a finished row costs as much as another: let a quarter of them go
+        lengths = [a + count for a, (count, *_) in zip(lengths, report, strict=True)]
+        if 4 * len(alive) <= 3 * len(rows) and compiled is None:    # a finished row costs as much as another
             keep = torch.tensor(alive, device=device)
             state = State(some_rows(state.cache, keep), *(t[keep] for t in state[1:]))
             rows, lengths = [rows[i] for i in alive], [lengths[i] for i in alive]
-        arguments = (model, heads, tree, state, window_of(max(lengths) + nodes, state.cache), sampling, eos)
-        state, out, count = run("base_inference", step, *arguments) if plain else step(*arguments, run)
-        steps += 1
+        window, steps = window_of(max(lengths) + len(tree.paths), state.cache), steps + 1
+        if compiled is not None:
+            *moved, report = run("base_inference" if plain else "step", compiled[key], window, *state)
+            state = State(state.cache, *moved)
+        elif plain:
+            state, report = run("base_inference", step, model, heads, tree, state, window, sampling, eos)
+        else:
+            state, report = step(model, heads, tree, state, window, sampling, eos, run)
 
 
 class Stages:
@@ -682,7 +776,7 @@ def set_threads(model: Llama, threads: int | str = "auto", rows: int = 1) -> Non
     """
     if threads != "auto":
         return torch.set_num_threads(threads)
-    if model.lm_head.weight.device.type != "cpu" or model.config.max_position_embeddings < 16:
+    if model.norm.device.type != "cpu" or model.config.max_position_embeddings < 16:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fastest = {}

@@ -131,7 +131,7 @@ def head_results(heads: MedusaHeads, batch: Batch, hidden: Tensor, distill: bool
             with torch.no_grad():
                 later = at + torch.arange(1, heads.num_heads + 1, device=at.device)[:, None]        # [K, chunk]
                 later = later.clamp(max=len(hidden) - 1)             # beyond the row: without a label
-                teacher = F.linear(hidden[later], heads.borrowed[1].to(hidden.dtype)).to(logits).softmax(-1)
+                teacher = F.linear(hidden[later], heads.lm_head.to(hidden.dtype)).to(logits).softmax(-1)
             losses = -(teacher * logits.log_softmax(-1)).sum(-1).masked_fill(labels == IGNORE, 0)
         else:
             losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE,
@@ -200,7 +200,7 @@ def learning_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
 
 
 def to_device(batch: Batch, model: Llama) -> Batch:
-    return Batch(*(t.to(model.lm_head.weight.device) for t in batch))
+    return Batch(*(t.to(model.norm.device) for t in batch))
 
 
 def all_reduce(*tensors: Tensor) -> None:
@@ -363,7 +363,7 @@ def save_checkpoint(path, model, heads, optimizer, step: int, fixed: dict) -> No
 def load_checkpoint(path, model, heads, optimizer, fixed: dict) -> int:
     """Puts everything back → the steps done."""
     try:
-        state = torch.load(path, map_location=heads.borrowed[0].device, weights_only=True)
+        state = torch.load(path, map_location=heads.embeddings.device, weights_only=True)
         for key, value in fixed.items():
             if state["settings"][key] != value:
                 raise UserError(f"{path} was trained with {key} {state['settings'][key]!r}, not {value!r}: "

@@ -66,15 +66,15 @@ def test_after_each_commit_the_cache_is_a_fresh_prefill(seed):
     heads = tiny_heads(model, recent=3)
     tree = heads.tree(random_tree(rng, nodes=30))
     prompts, eos = rows_of(rng, 2), torch.tensor([], dtype=torch.long)
-    nodes, path = tree.path.shape
     with torch.inference_mode():
-        state, out, count = start(model, prompts, 25, nodes, path, GREEDY, eos, [0, 1], 3)
-        texts = [p + out[b, :count[b]].tolist() for b, p in enumerate(prompts)]
+        state, report = start(model, prompts, 25, tree, GREEDY, eos, [0, 1], 3)
+        new = lambda report: [ids[:count] for count, _, *ids in report.tolist()]
+        texts = [p + n for p, n in zip(prompts, new(report), strict=True)]
         accepted = 0
         while state.remaining.any():
-            state, out, count = step(model, heads, tree, state, window_of(128, state.cache), GREEDY, eos)
-            texts = [t + out[b, :count[b]].tolist() for b, t in enumerate(texts)]
-            accepted += int((count > 1).sum())
+            state, report = step(model, heads, tree, state, window_of(128, state.cache), GREEDY, eos)
+            texts = [t + n for t, n in zip(texts, new(report), strict=True)]
+            accepted += int((report[:, 0] > 1).sum())
             assert state.length.tolist() == [len(t) - 1 for t in texts]         # all but the pending token
             assert state.token.tolist() == [t[-1] for t in texts]
             for b, text in enumerate(texts):
@@ -103,10 +103,10 @@ def test_a_finished_row_stays_as_it_is():
     model = tiny_llama()
     heads, tree, eos = tiny_heads(model), Tree.from_paths([[0], [1], [0, 0]], 4, 12), torch.tensor([2])
     with torch.inference_mode():
-        state, _, _ = start(model, [[1, 4, 5], [1, 6]], 9, 4, 3, GREEDY, eos, [0, 1])
+        state, _ = start(model, [[1, 4, 5], [1, 6]], 9, tree, GREEDY, eos, [0, 1])
         state = state._replace(remaining=torch.tensor([0, 5]))
-        after, _, count = step(model, heads, tree, state, window_of(64, state.cache), GREEDY, eos)
-    assert count[0] == 0 and count[1] > 0
+        after, report = step(model, heads, tree, state, window_of(64, state.cache), GREEDY, eos)
+    assert report[0, 0] == 0 and report[1, 0] > 0
     for name in ("length", "token", "recent", "emitted", "remaining"):
         assert torch.equal(getattr(after, name)[0], getattr(state, name)[0]), name
     assert torch.equal(after.cache[:, 0, :3], state.cache[:, 0, :3])
