@@ -625,7 +625,7 @@ def read_json(path) -> dict:
 def write_atomic(path, write) -> None:
     """Calls write(temporary path), then renames, so that no reader ever meets half a file."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".tmp{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
