@@ -11,6 +11,7 @@ exactly 1 for plain decoding. seconds is prefill and decoding together, without 
 """
 import json
 import statistics
+import sys
 import time
 from argparse import ArgumentTypeError
 from pathlib import Path
@@ -19,19 +20,25 @@ import torch
 from tqdm import tqdm
 
 from llama import (DTYPES, SEED, ArgumentParser, Llama, Tokenizer, UserError, command_line, device, locate, number,
-                   threads, write_json)
+                   read_json, threads, write_json)
 from prepare_data import continuations, openings_of
 from tinymedusa import (MedusaHeads, Sampling, Stages, Tree, call, check_prompts, choice_margin, generate, grow_tree,
                         load_tree, path_hits, set_threads, uniforms, walk)
 from train_heads import evaluate
 
 TUNE_NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)       # sizes of tree that --tune compares, the root included
+TUNE_NODES_COMPILED = (2, 4, 8, 16)
 TUNE_ROUNDS, TUNE_STEPS = 6, 10                            # each is timed that often, for that many steps
 REPEATS = 3     # timed runs of each mode with --compare, in turns; the median is reported
 OPENING = "Once upon a time, there was a little girl named Lily who loved to play in the garden."
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
+
+def mode(args) -> str:
+    """What a step costs depends on this; `--tune` keeps a tree for each."""
+    return torch.device(args.device).type + (" compiled" if args.compile else "")
+
 
 def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None, str | None]:
     """The heads of --heads, by default those in `medusa/` in the model's folder; their tree, and where that is
@@ -47,7 +54,8 @@ def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None, str
         return None, None, None
     heads = MedusaHeads.from_pretrained(folder, model)
     if not args.tune:
-        return heads, *load_tree(folder, heads, args.tree)
+        tree, source = load_tree(folder, heads, args.tree, mode(args))
+        return heads if len(tree.paths) > 1 else None, tree, source
     if not args.tree and not Path(args.heads or args.model).is_dir():
         raise UserError(f"{args.heads or args.model} is on the hub: say with --tree FILE where to write the tree")
     return heads, None, args.tree or str(Path(folder) / "tree.json")
@@ -60,7 +68,7 @@ def run(model: Llama, tokenizer: Tokenizer, ids: list, args, seed: int, heads, t
     stages = Stages(args.device)
     decode = tokenizer.stream(ids)
     steps = generate(model, [ids], args.max_new_tokens, heads=heads, tree=tree, sampling=sampling(args), seeds=[seed],
-                     max_steps=args.max_steps, run=stages if args.profile else call)
+                     max_steps=args.max_steps, run=stages if args.profile else call, compiled=args.compile)
     new, count, seconds, text = [], -1, 0.0, ""             # the first that `generate` yields is the prefill's token
     while True:
         begin = time.perf_counter()
@@ -80,6 +88,25 @@ def run(model: Llama, tokenizer: Tokenizer, ids: list, args, seed: int, heads, t
 
 def sampling(args) -> Sampling:
     return Sampling(args.temperature, args.top_k, args.top_p)
+
+
+def ready(model: Llama, args) -> None:
+    """Gets a model ready to decode, and for nothing else: weights packed, threads chosen."""
+    if model.norm.device.type == "cpu":
+        model.pack()
+    # a compiled step has its threads built in, and waits for them more than they help
+    set_threads(model, 1 if args.threads == "auto" and args.compile is not None else args.threads)
+
+
+def compile_ahead(model: Llama, heads, tree, args) -> None:
+    """Compiles what will be needed, so that no run's time counts it; where that can't be done, goes on without."""
+    try:
+        for h, t in ((heads, tree), (None, None)) if args.compare else ((heads, tree),):
+            for _ in generate(model, [[0]], 2, heads=h, tree=t, sampling=sampling(args), compiled=args.compile):
+                pass
+    except UserError as error:
+        print(f"{error}; going on without --compile", file=sys.stderr)
+        args.compile = None
 
 
 def first_difference(model: Llama, prompt: list, ours: list, plain: list, args, seed: int) -> dict | None:
@@ -142,10 +169,13 @@ def step_seconds(model: Llama, heads, trees: list, ids: list, args) -> list[floa
     The lower quartile: what else the machine does only ever adds.
     """
     seconds = [[] for _ in trees]
+    for tree in tqdm(trees, desc="compiling") if args.compile is not None else ():
+        for _ in generate(model, [ids], 2, heads=heads, tree=tree, sampling=sampling(args), compiled=args.compile):
+            pass
     for _ in tqdm(range(TUNE_ROUNDS), desc="timing"):
         for tree, times in zip(trees, seconds, strict=True):
-            steps = generate(model, [ids], 10 * TUNE_STEPS, heads=heads, tree=tree, sampling=sampling(args), eos=(),
-                             max_steps=TUNE_STEPS)
+            steps = generate(model, [ids], 10 * TUNE_STEPS, heads=heads, tree=tree, sampling=sampling(args),
+                             max_steps=TUNE_STEPS, compiled=args.compile)
             next(steps)                                                          # the prefill
             begin = time.perf_counter()
             for _ in steps:
@@ -155,20 +185,24 @@ def step_seconds(model: Llama, heads, trees: list, ids: list, args) -> list[floa
 
 
 def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads, path: str, args) -> None:
-    """Writes to `path` the tree with the most expected tokens per second here, of many sizes and depths.
+    """Writes to `path`, for this mode, the tree with the most expected tokens per second here.
 
     The openings at even places grow the trees (joint hits), those at odd places forecast their tokens per step by a
-    walk; a step's cost is measured (Sequoia, arXiv 2402.12374, sizes trees by cost likewise).
+    walk; a step's cost is measured (Sequoia, arXiv 2402.12374, sizes trees by cost likewise). A tree must beat plain
+    decoding by 3 %, else the entry is the root alone.
     """
     documents = own_texts(model, tokenizer, args)
     ranks, own = zip(*(evaluate(model, heads, half, 4096)[1:]
                        for half in (documents[::2], documents[1::2])), strict=True)
     hits = path_hits(ranks[0])
     depths = [d for d in (1, 2, 3, 4, 5, 6, 8, 12, 16) if d < heads.num_heads] if heads.kind == "hydra" else []
-    grown = {json.dumps(paths): paths for nodes in TUNE_NODES for deepest in (*depths, heads.num_heads)
-             if (paths := grow_tree(hits, nodes - 1, deepest))}
+    if args.compile is not None:                                                 # each size costs half a minute
+        depths = []
+    grown = {json.dumps(paths): paths for nodes in (TUNE_NODES if args.compile is None else TUNE_NODES_COMPILED)
+             for deepest in (*depths, heads.num_heads) if (paths := grow_tree(hits, nodes - 1, deepest))}
     if not grown or not any(map(torch.any, own[1])):
         raise UserError("no guess of these heads was right in any text: raise --max-new-tokens or train them longer")
+    ready(model, args)                  # only now: what is packed can't be evaluated with
     trees = [heads.tree(paths) for paths in grown.values()]
     longest = max(documents, key=len)
     plain, *costs = step_seconds(model, heads, [None, *trees], (longest[:len(longest) // 2] // 4).tolist(), args)
@@ -178,22 +212,27 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads, path: str, args
         rows.append({"nodes": len(tree.paths), "depth": len(tree.paths[-1]), "tokens_per_step": per_step,
                      "step_ms": round(1000 * cost, 4), "tokens_per_second": round(per_step / cost, 1)})
     best = max(range(len(rows)), key=lambda i: rows[i]["tokens_per_second"])
-    places = sum(rank.shape[1] for rank in ranks[0])
+    chosen, places = rows[best], sum(rank.shape[1] for rank in ranks[0])
+    pays, paths = chosen["tokens_per_second"] * plain > 1.03, trees[best].paths[1:]
+    says = (f"a step of {chosen['nodes']} nodes costs {chosen['step_ms'] / 1000 / plain:.2f} plain steps and yields "
+            f"{chosen['tokens_per_step']:.2f} tokens")
     tuned = {
-        "paths": trees[best].paths[1:], "source": f"--tune: {len(documents)} openings of {Path(args.tune).name}",
-        "sampling": sampling(args)._asdict(), "threads": torch.get_num_threads(), "device": args.device,
-        "hits": [round(hits[tuple(path)] / places, 5) for path in trees[best].paths[1:]], "chosen": rows[best],
+        "paths": paths if pays else [], "remark": f"tuned for {mode(args)}: " + says if pays else
+        f"plain decoding is faster on {mode(args)}: {says}",
+        "source": f"--tune: {len(documents)} openings of {Path(args.tune).name}",
+        "sampling": sampling(args)._asdict(), "threads": torch.get_num_threads(),
+        "hits": [round(hits[tuple(p)] / places, 5) for p in paths], "chosen": chosen,
         "plain_step_ms": round(1000 * plain, 4), "candidates": rows}
-    write_json(path, tuned)
+    before = read_json(path) if Path(path).is_file() else {}
+    write_json(path, {"paths": before.get("paths", paths) if args.compile is not None else paths,
+                      "modes": before.get("modes", {}) | {mode(args): tuned}})
     if args.json:
-        return print(json.dumps({"tree": path, **tuned}))
+        return print(json.dumps({"tree": path, "mode": mode(args), **tuned}))
     print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}")
     print(f"{1:>5}{0:>7}{1:>13.3f}{1000 * plain:>10.3f}{1 / plain:>10.1f}   plain decoding")
     for i, row in enumerate(rows):
-        print("{:>5}{:>7}{:>13.3f}{:>10.3f}{:>10.1f}".format(*row.values()) + "   <- best" * (i == best))
-    print(f"{path}:\n{trees[best].draw()}")
-    if rows[best]["tokens_per_second"] <= 1 / plain:
-        print("plain decoding is faster than any tree here: use --heads none")
+        print("{:>5}{:>7}{:>13.3f}{:>10.3f}{:>10.1f}".format(*row.values()) + "   <- best tree" * (i == best))
+    print(f"{path}: {tuned['remark']}\n{trees[best].draw()}")
 
 
 # ---------------------------------------------------------------------------------------------------------- report
@@ -206,7 +245,7 @@ def report(result: dict, heads) -> str:
     name, baseline = "medusa" if heads else "plain", result.get("baseline")
     lines = [line("plain", baseline)] if baseline else []
     lines.append(line(name, result))
-    if heads:
+    if "tree" in result:
         lines.append(f"tree: {result['tree']}")
     if baseline:
         where = result["first_difference"]
@@ -248,6 +287,8 @@ def arguments(argv=None):
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on the CPU, else the checkpoint's")
     parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--threads", type=threads, default="auto", help="a number, or auto: measured at start")
+    parser.add_argument("--compile", action="store_const", const={},
+                        help="compile the step: half a minute once, then it is kept on disk")
     parser.add_argument("--compare", action="store_true", help="decode plainly too: same tokens? what speed-up?")
     parser.add_argument("--profile", action="store_true", help="time each stage")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt, nothing else on stdout")
@@ -259,17 +300,19 @@ def main():
     model = Llama.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device, revision=args.revision)
     tokenizer = Tokenizer(args.model, model.config, args.revision)
     heads, tree, tree_source = load_heads(args, model)
-    set_threads(model, args.threads)
     if args.tune:
         if heads is None:
             raise UserError("--tune needs heads: give --heads FOLDER")
         return tune(model, tokenizer, heads, tree_source, args)
+    ready(model, args)
     prompts = args.prompt or [OPENING]
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     check_prompts(encoded, model.config.max_position_embeddings)
+    if args.compile is not None:
+        compile_ahead(model, heads, tree, args)
     for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         result = one_prompt(model, tokenizer, prompt, ids, args.seed + index, heads, tree, args)
-        if heads:
+        if tree:
             result["tree"] = f"{len(tree.paths)} nodes, {tree_source}"
         print(json.dumps(result) if args.json else "\n\n" + report(result, heads), flush=True)
 

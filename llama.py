@@ -300,21 +300,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     return torch.addmm(residual if bias is None else residual + bias, x, weight)
 
 
+def pack(weight: Tensor) -> Tensor:
+    """A matrix [O, I] in oneDNN's own layout, which is read at nearly the memory's speed for 1 to 16 rows of x."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 8)
+
+
 def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same with a weight of `Llama.pack`. Four rows are read faster than one: fewer are filled up with zeros."""
+    """x [T, I] times a packed weight → [T, O]. Four rows are read faster than one: fewer are filled up with zeros."""
     filled = x if len(x) >= 4 else F.pad(x, (0, 0, 0, 4 - len(x)))
     return torch.ops.mkldnn._linear_pointwise(filled, weight, bias, "none", [], "")[:len(x)]
 
 
 class PackedHead(nn.Module):
-    """An `lm_head` whose matrix is packed."""
+    """An `lm_head` whose matrix is packed, for many rows; for a single one the plain `weight`, unless it was let go."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, keep: bool):
         super().__init__()
-        self.packed = weight
+        self.weight, self.packed = weight if keep else None, pack(weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return packed_linear(hidden.flatten(0, -2), self.packed, None).unflatten(0, hidden.shape[:-1])
+        if self.weight is not None and (hidden.shape[:-1].numel() == 1 or torch.compiler.is_compiling()):
+            return F.linear(hidden, self.weight)
+        return packed_linear(hidden.reshape(-1, hidden.shape[-1]), self.packed, None).view(*hidden.shape[:-1], -1)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -392,6 +399,9 @@ class Layer(nn.Module):
                 self.down_proj.t(), self.down_bias)
 
 
+LARGE = 64 * 2 ** 20     # bytes of weights that are surely read from memory, not from a cache, in each step
+
+
 class Llama(nn.Module):
     """The whole model. `forward` returns hidden states; the caller applies `lm_head` to the rows it wants."""
 
@@ -454,17 +464,26 @@ class Llama(nn.Module):
             hidden = linear(F.silu(gate) * up, down, down_bias, hidden)
         return rms_norm(hidden, self.norm, zero, floor).view(rows, tokens, -1)
 
+    def size(self) -> int:
+        """Bytes of all parameters."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
     @torch.no_grad()
     def pack(self) -> None:
-        """For decoding a large model on a CPU, and nothing else: its matrices in oneDNN's own layout, which is read at
-        nearly the memory's speed for 1 to 16 rows, twice that of a plain product. The plain ones are let go."""
-        pack = lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 8)
-        self.weights = []
-        for layer in self.layers:
-            self.weights.append([w if w is None or w.dim() == 1 else pack(w.t()) for w in layer.weights()])
-            for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
-                setattr(layer, name, None)
-        self.lm_head = PackedHead(pack(self.lm_head.weight))
+        """For decoding on a CPU and nothing else: matrices as `pack` lays them out. Of a model that the CPU's cache can
+        hold only the lm_head; of a larger one all, the plain ones are let go, and steps of one row or eight cost alike.
+        """
+        if not isinstance(self.lm_head, nn.Linear):
+            return                                              # packed already
+        if not torch.backends.mkldnn.is_available() or self.norm.dtype not in (torch.float32, torch.bfloat16):
+            return
+        large = self.size() > LARGE
+        self.lm_head = PackedHead(self.lm_head.weight, keep=not large)
+        if large:
+            self.weights = []
+            for layer in self.layers:
+                self.weights.append([w if w is None or w.dim() == 1 else pack(w.t()) for w in layer.weights()])
+                layer.qkv_proj = layer.o_proj = layer.gate_up_proj = layer.down_proj = None
 
     def tensors(self) -> dict[str, Tensor]:
         """HF's names → views of our parameters (the rows of q_proj and k_proj `interleaved`)."""

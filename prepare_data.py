@@ -359,10 +359,12 @@ def distilled(args, items, config, tokenizer: Tokenizer):
     if not items:
         raise UserError("the source holds nothing to continue: write at least one opening or question a process")
     model = Llama.from_pretrained(args.model, device=args.device)
-    if world == 1:          # torchrun has set the threads of its processes
-        set_threads(model, rows=args.batch_size)
     heads = args.heads and MedusaHeads.from_pretrained(args.heads, model)
     tree = heads and load_tree(args.heads, heads)[0]
+    if model.norm.device.type == "cpu":
+        model.pack()
+    if world == 1:          # torchrun has set the threads of its processes
+        set_threads(model, rows=args.batch_size)
 
     def write(prompts, seeds):
         return generate(model, prompts, args.max_new_tokens, heads=heads, tree=tree, seeds=seeds,

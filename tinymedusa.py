@@ -246,7 +246,8 @@ class MedusaHeads(nn.Module):
         if self.kind != "medusa":
             embeddings = F.rms_norm(embeddings, (self.hidden_size,), eps=1e-6)
         self.register_buffer("embeddings", embeddings, persistent=False)
-        self.register_buffer("lm_head", lm_head if self.token_map is None else lm_head[self.token_map], persistent=False)
+        rows = lm_head if self.token_map is None else lm_head[self.token_map]
+        self.register_buffer("lm_head", rows, persistent=False)
 
     @classmethod
     def untrained(cls, model: Llama, num_heads: int, **options) -> "MedusaHeads":
@@ -355,8 +356,11 @@ class MedusaHeads(nn.Module):
         return heads.requires_grad_(False).eval()
 
 
-def read_tree(text) -> list:
-    """A tree from JSON, given as text or as a file: a list of paths, or an object whose `paths` is one."""
+def read_tree(text, mode: str | None = None) -> tuple[list, str | None]:
+    """A tree from JSON, text or a file: a list of paths, or an object whose `paths` is one → the paths and a remark.
+
+    Where such an object has been tuned for `mode` ("cpu", "cpu compiled", ..), in `modes`, that entry's count.
+    """
     source = str(text).strip()
     if source[:1] not in ("[", "{"):
         try:
@@ -367,19 +371,26 @@ def read_tree(text) -> list:
         tree = json.loads(source)
     except (ValueError, RecursionError) as error:
         raise UserError(f"the tree is not valid JSON: {error}") from error
-    if isinstance(tree, dict) and "paths" not in tree:
+    if not isinstance(tree, dict):
+        return tree, None
+    modes = tree.get("modes", {})
+    if not isinstance(modes, dict) or not all(isinstance(entry, dict) for entry in (*modes.values(), tree)):
+        raise UserError("the tree: 'modes' must be an object of objects")
+    tree = modes.get(mode, tree)
+    if "paths" not in tree:
         raise UserError("the tree is a JSON object without the key 'paths'")
-    return tree["paths"] if isinstance(tree, dict) else tree
+    return tree["paths"], tree.get("remark")
 
 
-def load_tree(folder, heads: MedusaHeads, given=None) -> tuple[Tree, str]:
+def load_tree(folder, heads: MedusaHeads, given=None, mode: str | None = None) -> tuple[Tree, str]:
     """The tree of some heads and where it is from: the one given (JSON or a file), else `tree.json` in their folder,
-    else the published one."""
+    else the published one. What was tuned for `mode` may be the root alone: there plain decoding is faster."""
     source = given if given is not None else locate(folder, "tree.json", required=False)
     if source is None:
         paths = published_tree(heads.num_heads, vocab_size=heads.draft_size)
         return heads.tree(paths), "mc_sim_7b_63, published"
-    return heads.tree(read_tree(source)), str(source)
+    paths, remark = read_tree(source, mode)
+    return heads.tree(paths), f"{source}: {remark}" if remark else str(source)
 
 
 # --------------------------------------------------------------------------------------------------- choosing a token
@@ -571,7 +582,7 @@ def step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, wind
 # -------------------------------------------------------------------------------------------------- the compiled step
 
 COMPILE_OPTIONS = {     # of torch's Inductor; each was measured to pay
-    "freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN",       # weights packed for C++ GEMMs
+    "freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN",    # weights packed for C++ GEMMs
     "realize_opcount_threshold": 8, "realize_reads_threshold": 2,                # the mask once, not in each layer anew
     "cpp.enable_floating_point_contract_flag": "fast",                           # fused multiply-adds
     "size_asserts": False, "nan_asserts": False, "alignment_asserts": False,
@@ -619,13 +630,14 @@ def compile_step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: Sta
     graph = StepGraph(model, heads, tree, sampling, eos)
     if model.norm.device.type != "cpu":
         return torch.compile(graph, fullgraph=True, dynamic=False, mode="reduce-overhead")
-    if not isinstance(model.lm_head, nn.Linear):
+    if model.lm_head.weight is None:
         raise UserError("a model of this size is not compiled on a CPU: its step is bound by reading the weights")
     path = Path(cache_dir()) / "tinymedusa" / f"{graph_key(graph, state)}.pt2"
     try:
         if not path.exists():
-            print(f"compiling a step of {len(tree.paths)} nodes, once (it is kept in {path.parent}) ...", file=sys.stderr)
-            shapes = ({0: 32 * torch.export.Dim("w", min=1, max=max(2, state.cache.shape[2] // 32))}, (None,) * len(state))
+            print(f"compiling a step of {len(tree.paths)} nodes, to be kept in {path.parent}", file=sys.stderr)
+            windows = 32 * torch.export.Dim("w", min=1, max=max(2, state.cache.shape[2] // 32))
+            shapes = ({0: windows}, (None,) * len(state))
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(graph, (torch.arange(64), *state), dynamic_shapes=shapes, strict=False)

@@ -84,6 +84,7 @@ def main():
     published = json.dumps(published_tree(heads.num_heads, args.published)) if args.published else None
     tree, tree_source = load_tree(folder, heads, published)
     tokenizer = Tokenizer(args.model, model.config)
+    model.pack()
     set_threads(model, args.threads)
     print(f"{torch.get_num_threads()} thread(s), temperature {args.temperature}, {args.max_new_tokens} new tokens or "
           f"to the end of the story, {heads.kind} heads, {heads.size()} parameters, tree of "

@@ -65,6 +65,7 @@ def main():
     args.top_k, args.top_p = 0, 1.0
     model = Llama.from_pretrained(args.model)
     tokenizer = Tokenizer(args.model, model.config)
+    model.pack()
     set_threads(model, args.threads)
     documents = script.own_texts(model, tokenizer, args)
     prompts = [tokenizer.encode(o) for o in openings_of(args.openings)]

@@ -2,17 +2,18 @@
 
     python benchmarks/pad_model.py 110M padded/110M          # model/ and its heads in the shape "110M"
 
-So the acceptance of trained heads can be timed at shapes that nobody trained here. In exact arithmetic every hidden state
-of the small model stands in the first columns of the larger one's, and greedy text is the same, token for token:
+So the acceptance of trained heads can be timed at shapes that nobody trained here. In exact arithmetic every hidden
+state of the small model stands in the first columns of the larger one's; greedy text is the same, token for token:
 - vocabulary: the rows added to lm_head are the mean of the real ones, so their logit is the mean logit and never the best;
 - widths: zeros. A norm over W columns of which H are used divides by sqrt(H / W) of what it should, so its weight is
   multiplied by sqrt(H / W) and its eps by H / W;
 - head_dim: the small head's frequencies theta^(-2i/d) are those of pair i D/d of the wide one; its pairs go there, and
   queries are multiplied by sqrt(D / d), since attention divides by sqrt(D);
 - surplus heads and layers read like any others and add nothing: their output projections are zero.
-The heads are padded likewise; the inner width of their blocks, which is no size of the model, stays as it is. At 1B and 7B
-they get vocabulary matrices of their own, as published heads have, over the same draft vocabulary.
+The heads are padded likewise; the inner width of their blocks, which is no size of the model, stays as it is. At 1B and
+7B they get vocabulary matrices of their own, as published heads have, over the same draft vocabulary.
 """
+
 import argparse
 import sys
 from dataclasses import replace
@@ -25,20 +26,52 @@ sys.path.insert(0, str(ROOT))
 from llama import Llama, LlamaConfig, UserError, command_line, model_name, write_json  # noqa: E402
 from tinymedusa import MedusaHeads, load_tree  # noqa: E402
 
-SHAPES = {      # what is over and above the small model's own config; own: vocabulary matrices of the heads' own
-    "v0": {"vocab_size": 32000},                                                                    # TinyLLama-v0
-    "110M": {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "head_dim": 48},
-    "1B": {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-           "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 64, "dtype": "bfloat16", "own": True},
-    "7B": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-           "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128, "dtype": "bfloat16", "own": True}}
+SHAPES = {  # what is over and above the small model's own config; own: vocabulary matrices of the heads' own
+    "v0": {"vocab_size": 32000},  # TinyLLama-v0
+    "110M": {
+        "vocab_size": 32000,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "head_dim": 48,
+    },
+    "1B": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 64,
+        "dtype": "bfloat16",
+        "own": True,
+    },
+    "7B": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "dtype": "bfloat16",
+        "own": True,
+    },
+}
 
 
 def padded_config(config: LlamaConfig, **shape) -> LlamaConfig:
     """The larger config; UserError where a shape can't hold the small model."""
     wide = replace(config, **shape)
     factor = config.hidden_size / wide.hidden_size
-    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
+    for field in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "head_dim",
+    ):
         if getattr(wide, field) < getattr(config, field):
             raise UserError(f"{field} {getattr(wide, field)} is smaller than the model's {getattr(config, field)}")
     grouping = [c.num_attention_heads // c.num_key_value_heads for c in (config, wide)]
@@ -59,12 +92,21 @@ def pad(small: Llama, config: LlamaConfig) -> Llama:
     c, wide = small.config, Llama(config)
     step, root = config.head_dim // c.head_dim, (c.hidden_size / config.hidden_size) ** 0.5
     pairs = torch.arange(c.head_dim // 2)
-    within = torch.stack((2 * step * pairs, 2 * step * pairs + 1), 1).flatten()        # (a0 b0 a1 b1 ..), `interleaved`
-    rows = lambda first, heads: (first * config.head_dim + config.head_dim * torch.arange(heads)[:, None] + within).flatten()
+    within = torch.stack((2 * step * pairs, 2 * step * pairs + 1), 1).flatten()  # (a0 b0 a1 b1 ..), `interleaved`
+    rows = lambda first, heads: (
+        first * config.head_dim + config.head_dim * torch.arange(heads)[:, None] + within
+    ).flatten()
     queries, keys = config.num_attention_heads, config.num_key_value_heads
-    qkv = torch.cat((rows(0, c.num_attention_heads), rows(queries, c.num_key_value_heads),
-                     rows(queries + keys, c.num_key_value_heads)))
-    gate_up = torch.cat((torch.arange(c.intermediate_size), config.intermediate_size + torch.arange(c.intermediate_size)))
+    qkv = torch.cat(
+        (
+            rows(0, c.num_attention_heads),
+            rows(queries, c.num_key_value_heads),
+            rows(queries + keys, c.num_key_value_heads),
+        )
+    )
+    gate_up = torch.cat(
+        (torch.arange(c.intermediate_size), config.intermediate_size + torch.arange(c.intermediate_size))
+    )
     norm = lambda weight: placed(weight * root, (config.hidden_size,), None)
     for i, layer in enumerate(wide.layers):
         if i >= len(small.layers):
@@ -72,7 +114,7 @@ def pad(small: Llama, config: LlamaConfig) -> Llama:
             continue
         s = small.layers[i]
         turned = s.qkv_proj.clone()
-        turned[:c.num_attention_heads * c.head_dim] *= step ** 0.5
+        turned[: c.num_attention_heads * c.head_dim] *= step**0.5
         layer.input_layernorm.copy_(norm(s.input_layernorm))
         layer.post_attention_layernorm.copy_(norm(s.post_attention_layernorm))
         layer.qkv_proj.copy_(placed(turned, layer.qkv_proj.shape, qkv, None))
@@ -81,9 +123,17 @@ def pad(small: Llama, config: LlamaConfig) -> Llama:
         layer.down_proj.copy_(placed(s.down_proj, layer.down_proj.shape, None, None))
     wide.norm.copy_(norm(small.norm))
     wide.embed_tokens.weight.copy_(placed(small.embed_tokens.weight, wide.embed_tokens.weight.shape, None, None))
-    wide.lm_head.weight.copy_(placed(small.lm_head.weight.mean(0, keepdim=True).expand(config.vocab_size, -1).clone()
-                                     .index_copy_(0, torch.arange(c.vocab_size), small.lm_head.weight),
-                                     wide.lm_head.weight.shape, None, None))
+    wide.lm_head.weight.copy_(
+        placed(
+            small.lm_head.weight.mean(0, keepdim=True)
+            .expand(config.vocab_size, -1)
+            .clone()
+            .index_copy_(0, torch.arange(c.vocab_size), small.lm_head.weight),
+            wide.lm_head.weight.shape,
+            None,
+            None,
+        )
+    )
     return wide
 
 
@@ -92,15 +142,23 @@ def pad_heads(heads: MedusaHeads, small: Llama, wide: Llama, own: bool) -> Medus
     """The heads of `small` for `wide`: the same guesses. own: with a vocabulary matrix for each head, not a tied one."""
     inside = small.config.hidden_size
     token_map = torch.arange(small.config.vocab_size) if heads.token_map is None else heads.token_map
-    result = MedusaHeads.untrained(wide, heads.num_heads, num_layers=heads.num_layers, tie_lm_head=not own and heads.tie_lm_head,
-                                   width=heads.width, kind=heads.kind, recent=heads.recent, token_map=token_map)
+    result = MedusaHeads.untrained(
+        wide,
+        heads.num_heads,
+        num_layers=heads.num_layers,
+        tie_lm_head=not own and heads.tie_lm_head,
+        width=heads.width,
+        kind=heads.kind,
+        recent=heads.recent,
+        token_map=token_map,
+    )
     hidden = torch.arange(inside)
     for j, (block, old) in enumerate(zip(result.blocks, heads.blocks, strict=True)):
         parts = old.up_weight.shape[-1] if heads.width else old.linear_weight.shape[-1]
         columns = (torch.arange(parts // inside)[:, None] * wide.config.hidden_size + hidden).flatten()
         scale = torch.ones(parts)
-        if j == 0:          # behind the hidden states stand embeddings, scaled to RMS 1 over the columns there are
-            scale[heads.recent * inside:] = (inside / wide.config.hidden_size) ** 0.5
+        if j == 0:  # behind the hidden states stand embeddings, scaled to RMS 1 over the columns there are
+            scale[heads.recent * inside :] = (inside / wide.config.hidden_size) ** 0.5
         for name, p in old.named_parameters():
             target = getattr(block, name)
             at = (None,) * p.dim() if name.endswith("bias") or name == "down_weight" else (None, None, columns)
@@ -123,8 +181,10 @@ def write(folder: Path, shape: str, model=ROOT / "model", heads=None, dtype=None
     stored = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     wide.save(folder, stored)
     wide_heads.save(folder / "medusa", f"padded {shape} of {model_name(model)}", stored)
-    write_json(folder / "medusa" / "tree.json",
-               {"paths": load_tree(heads or Path(model) / "medusa", small_heads)[0].paths[1:], "source": "the small model's"})
+    write_json(
+        folder / "medusa" / "tree.json",
+        {"paths": load_tree(heads or Path(model) / "medusa", small_heads)[0].paths[1:], "source": "the small model's"},
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if (Path(model) / name).exists():
             (folder / name).write_bytes((Path(model) / name).read_bytes())

@@ -55,6 +55,7 @@ def distilling(path, model_name, heads_name, batch_sizes, limit):
     tree, _ = load_tree(heads_name, heads)
     encoded = dict(enumerate(Tokenizer(model_name, model.config).encode_batch(openings_of(path))))
     for rows in (1, *batch_sizes):
+        model.pack()
         set_threads(model, rows=rows)
         chosen = dict(list(encoded.items())[:min(limit, len(encoded)) if rows == 1 else None])
         for name, options in (("plain", {}), ("medusa", {"heads": heads, "tree": tree})):
