@@ -279,15 +279,15 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rms_norm(x: Tensor, weight: Tensor, zero: Tensor, floor: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension H, in at least float32 as HF does.
+def rms_norm(x: Tensor, weight: Tensor | None, zero: Tensor, floor: Tensor) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight (None: ones) over the last dimension H, in at least float32 as HF does.
 
     Written as sqrt(H) x weight / hypot(|x|, floor), floor = sqrt(H eps): a third of the kernels that F.rms_norm has
     on a CPU. zero, floor: these numbers as tensors, in the dtype to compute in.
     """
     y = x if x.dtype == zero.dtype else x.to(zero.dtype)
     size = torch.hypot(torch.linalg.vector_norm(y, 2, -1, True), floor)
-    y = torch.addcdiv(zero, y * weight, size, value=x.shape[-1] ** 0.5)
+    y = torch.addcdiv(zero, y if weight is None else y * weight, size, value=x.shape[-1] ** 0.5)
     return y if x.dtype == y.dtype else y.to(x.dtype)
 
 
@@ -398,6 +398,14 @@ class Layer(nn.Module):
                 self.post_attention_layernorm, self.gate_up_proj.t(), self.gate_up_bias,
                 self.down_proj.t(), self.down_bias)
 
+    def folded(self) -> list:
+        """`weights`, the norms' own multiplied into the matrices behind them (not in bfloat16: one more rounding)."""
+        w = list(self.weights())
+        if w[0].dtype == at_least_float32(w[0].dtype):
+            for norm, matrix in ((0, 1), (5, 6)):
+                w[matrix], w[norm] = (w[matrix].t() * w[norm]).t(), None
+        return w
+
 
 LARGE = 64 * 2 ** 20     # bytes of weights that are surely read from memory, not from a cache, in each step
 
@@ -470,8 +478,10 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def pack(self) -> None:
-        """For decoding on a CPU and nothing else: matrices as `pack` lays them out. Of a model that the CPU's cache can
-        hold only the lm_head; of a larger one all, the plain ones are let go, and steps of one row or eight cost alike.
+        """For decoding on a CPU and nothing else: norms folded, matrices as `pack` lays them out.
+
+        Of a model that the CPU's cache can hold only the lm_head is packed; of a larger one all matrices are, the plain
+        ones are let go, and one row costs what eight do.
         """
         if not isinstance(self.lm_head, nn.Linear):
             return                                              # packed already
@@ -482,8 +492,10 @@ class Llama(nn.Module):
         if large:
             self.weights = []
             for layer in self.layers:
-                self.weights.append([w if w is None or w.dim() == 1 else pack(w.t()) for w in layer.weights()])
+                self.weights.append([pack(w.t()) if w is not None and w.dim() == 2 else w for w in layer.folded()])
                 layer.qkv_proj = layer.o_proj = layer.gate_up_proj = layer.down_proj = None
+        else:
+            self.weights = [layer.folded() for layer in self.layers]
 
     def tensors(self) -> dict[str, Tensor]:
         """HF's names → views of our parameters (the rows of q_proj and k_proj `interleaved`)."""

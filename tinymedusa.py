@@ -242,7 +242,7 @@ class MedusaHeads(nn.Module):
 
     def borrow(self, model: Llama) -> None:
         """What is the base's own and not a parameter here: scaled embeddings [V, H], and the `lm_head` rows [D, H]."""
-        embeddings, lm_head = model.embed_tokens.weight, model.lm_head.weight
+        embeddings, lm_head = model.embed_tokens.weight[:], model.lm_head.weight[:]     # views: no parameters of ours
         if self.kind != "medusa":
             embeddings = F.rms_norm(embeddings, (self.hidden_size,), eps=1e-6)
         self.register_buffer("embeddings", embeddings, persistent=False)
@@ -617,7 +617,8 @@ def graph_key(graph: StepGraph, state: State) -> str:
         digest.update(Path(file).read_bytes())
     for name, tensor in itertools.chain(graph.named_parameters(), graph.named_buffers()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().view(torch.uint8).numpy())
+        flat = tensor.detach().flatten().clone(memory_format=torch.contiguous_format)
+        digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
 
 

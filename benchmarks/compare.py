@@ -4,7 +4,7 @@
     python benchmarks/compare.py v0                             # a padded shape: v0, 110M, 1B, 7B (see pad_model.py)
     python benchmarks/compare.py 110M --curve                   # and what a step costs against nodes and context
 
-One prompt at a time, greedy, up to 256 new tokens or the end of the text, the same held-out openings and weights for all.
+One prompt at a time, greedy, up to 256 new tokens or the end of the text; the same openings and weights for all.
 Each contestant is a process of its own that stays loaded; they take turns at each opening, so that what else the
 machine does hits all alike; a run in which other processes used over 6 % of a core is repeated, or marked `*` where it
 stays so. Seconds are prefill and decoding. A padded shape computes exactly what model/ computes, so acceptance is the
@@ -54,6 +54,7 @@ ROWS = {
 def ours(folder, args, compiled=None):
     import torch
 
+    import llama
     import tinymedusa
     from llama import DTYPES, Llama
 
@@ -65,7 +66,7 @@ def ours(folder, args, compiled=None):
         "own": heads.tree(own["paths"]),
         "published": heads.tree(tinymedusa.published_tree(heads.num_heads, PUBLISHED, heads.draft_size)),
     }
-    if compiled is None:
+    if compiled is None or model.size() > llama.LARGE:
         model.pack()
 
     def run(ids, medusa=None, stages=None, max_new_tokens=args.max_new_tokens):
@@ -356,7 +357,7 @@ def llama2c(folder, args):
             env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},
         )
         known = {letter(i): i for i in range(c.vocab_size)} | {" ": ids[1]}
-        new = [known[ch] for ch in done.stdout.strip("\n") if ch in known][len(ids) - 1 :]
+        new = [known[ch] for ch in done.stdout.strip("\n") if ch in known][len(ids) - 2 :]  # it swallows the blank
         stop = next((i + 1 for i, t in enumerate(new) if t in args.eos), len(new))
         rate = float(done.stderr.rpartition("achieved tok/s:")[2])
         return new[:stop], stop - 1, stop / rate
@@ -483,7 +484,8 @@ def contest(prompts: list, args) -> list[dict]:
     for _ in tqdm(range(args.repeats), desc="rounds"):
         for i, ids in enumerate(prompts):
             for row in alive:
-                for _ in range(3):  # again while something else ran
+                for _ in range(3):  # again while something else ran; a pause, since idle threads spin for a while
+                    time.sleep(0.25)
                     run = workers[row["worker"]].ask(ids, row["options"])
                     if run.get("others", 0) <= QUIET:
                         break
@@ -629,8 +631,8 @@ def markdown(result: dict) -> str:
             "" if row["first_difference"] is None else f", first difference at {row['first_difference']}"
         )
         lines.append(
-            "| {row}{mark} | {tokens_per_second:.0f} ({q[0]:.0f} to {q[1]:.0f}) | {ms_per_step} | {tokens_per_step} | {t} "
-            "| {p} | {startup_s} | {peak_mb} | {same} |".format(
+            "| {row}{mark} | {tokens_per_second:.0f} ({q[0]:.0f} to {q[1]:.0f}) | {ms_per_step} | {tokens_per_step} "
+            "| {t} | {p} | {startup_s} | {peak_mb} | {same} |".format(
                 q=row["quartiles"],
                 same=same,
                 mark=" *" * (row["disturbed"] > row["of"] // 2),

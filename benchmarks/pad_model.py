@@ -3,8 +3,7 @@
     python benchmarks/pad_model.py 110M padded/110M          # model/ and its heads in the shape "110M"
 
 So the acceptance of trained heads can be timed at shapes that nobody trained here. In exact arithmetic every hidden
-state of the small model stands in the first columns of the larger one's; greedy text is the same, token for token:
-- vocabulary: the rows added to lm_head are the mean of the real ones, so their logit is the mean logit and never the best;
+state of the small model stands in the first columns of the larger one; its greedy text is the same, token for token:
 - widths: zeros. A norm over W columns of which H are used divides by sqrt(H / W) of what it should, so its weight is
   multiplied by sqrt(H / W) and its eps by H / W;
 - head_dim: the small head's frequencies theta^(-2i/d) are those of pair i D/d of the wide one; its pairs go there, and
@@ -139,7 +138,7 @@ def pad(small: Llama, config: LlamaConfig) -> Llama:
 
 @torch.no_grad()
 def pad_heads(heads: MedusaHeads, small: Llama, wide: Llama, own: bool) -> MedusaHeads:
-    """The heads of `small` for `wide`: the same guesses. own: with a vocabulary matrix for each head, not a tied one."""
+    """The heads of `small` for `wide`: the same guesses. own: each with a vocabulary matrix of its own."""
     inside = small.config.hidden_size
     token_map = torch.arange(small.config.vocab_size) if heads.token_map is None else heads.token_map
     result = MedusaHeads.untrained(

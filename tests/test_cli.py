@@ -4,6 +4,7 @@ import json
 import pytest
 from conftest import MODEL, ROOT, tiny_heads, tiny_llama
 
+import generate
 from llama import Llama, Tokenizer, write_json
 from tinymedusa import KINDS
 
@@ -125,16 +126,25 @@ def test_the_embedded_model_and_both_sets_of_heads_are_small():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tune_forecasts_what_decoding_then_does(kind, tiny_folder, tmp_path, cli):
-    """Every second text forecasts the tree's tokens per step: decoding those openings must give that very figure."""
+def test_tune_forecasts_what_decoding_then_does(kind, tiny_folder, tmp_path, cli, monkeypatch):
+    """Every second text forecasts the tree's tokens per step: decoding those openings must give that very figure.
+
+    Times are made up, so that the choice is known: a node costs a hundredth of a plain step, then a whole one.
+    """
+    def a_node_costs(price):
+        monkeypatch.setattr(generate, "step_seconds", lambda model, heads, trees, ids, args: [
+            0.001 * (1 if tree is None else 1 + price * len(tree.paths)) for tree in trees])
+    a_node_costs(0.01)
     model = Llama.from_pretrained(tiny_folder)
     tiny_heads(model, 3, kind=kind, noise=0.05).save(tiny_folder / "medusa", "tiny")
     openings = [f"the dog{' x' * i}" for i in range(12)]
     (tmp_path / "o.txt").write_text("\n".join(openings))
     status, out, err = cli("generate", "--model", tiny_folder, "--tune", tmp_path / "o.txt", "--max-new-tokens", 30,
                            "--threads", 1)
-    tuned = json.loads((tiny_folder / "medusa" / "tree.json").read_text())
-    assert status == 0 and "<- best" in out and "root" in out and "plain decoding" in out, err
+    written = json.loads((tiny_folder / "medusa" / "tree.json").read_text())
+    tuned = written["modes"]["cpu"]
+    assert written["paths"] == tuned["paths"] and status == 0, err
+    assert "<- best" in out and "root" in out and "plain decoding" in out
     best = max(tuned["candidates"], key=lambda c: c["tokens_per_second"])
     assert best == tuned["chosen"] and best["nodes"] == len(tuned["paths"]) + 1
     assert best["tokens_per_second"] == pytest.approx(1000 * best["tokens_per_step"] / best["step_ms"], rel=1e-2)
@@ -144,10 +154,22 @@ def test_tune_forecasts_what_decoding_then_does(kind, tiny_folder, tmp_path, cli
     results = run_json(cli, "--model", tiny_folder, *arguments, "--max-new-tokens", 30)
     new, steps = (sum(r[key] for r in results) for key in ("new_tokens", "steps"))
     assert (new - len(results)) / steps == pytest.approx(best["tokens_per_step"], abs=1e-4)
-    assert results[0]["tree"] == f"{best['nodes']} nodes, {tiny_folder / 'medusa' / 'tree.json'}"
+    cost = f"a step of {best['nodes']} nodes costs {1 + 0.01 * best['nodes']:.2f} plain steps and yields " \
+        f"{best['tokens_per_step']:.2f} tokens"
+    where = tiny_folder / "medusa" / "tree.json"
+    assert results[0]["tree"] == f"{best['nodes']} nodes, {where}: tuned for cpu: {cost}"
     result, = run_json(cli, "--model", tiny_folder, "--tune", tmp_path / "o.txt", "--tree", tmp_path / "t.json",
                        "--max-new-tokens", 30, "--temperature", 0.5)
     assert result["tree"] == str(tmp_path / "t.json") and json.loads((tmp_path / "t.json").read_text())["paths"]
+    a_node_costs(1.0)                                                            # no tree yields a token a node
+    assert "plain decoding is faster on cpu" in cli("generate", "--model", tiny_folder, "--tune", tmp_path / "o.txt",
+                                                    "--max-new-tokens", 30, "--threads", 1)[1]
+    args = ["--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 30, "--profile"]
+    result, = run_json(cli, *args)
+    assert set(result["stages"]) == {"init", "base_inference"} and result["tokens_per_step"] == 1
+    assert result["tree"].startswith(f"1 nodes, {where}: plain decoding is faster on cpu: a step of 2 nodes costs 3.00")
+    forced, = run_json(cli, *args, "--tree", "[[0], [1]]")
+    assert "tree" in forced["stages"] and forced["token_ids"] == result["token_ids"]
 
 
 def test_the_report_names_the_tree(tiny_folder, cli):
