@@ -658,8 +658,10 @@ PREFILL_CHUNK = 512     # prompt tokens a forward: bounds the memory of the mask
 
 
 def window_of(slots: int, cache: Tensor) -> Tensor:
-    """0, 1, .. up to at least `slots`, the next multiple of 32: a short text does not pay for the context."""
-    return torch.arange(min(-(-slots // 32) * 32, cache.shape[2]), device=cache.device)
+    """0, 1, .. up to at least `slots`, so that a short text does not pay for the context: the next multiple of 32, on a
+    GPU the next power of two (a compiled graph has a window of its own there, and there should be few)."""
+    slots = -(-slots // 32) * 32 if cache.device.type == "cpu" else max(128, 1 << (slots - 1).bit_length())
+    return torch.arange(min(slots, cache.shape[2]), device=cache.device)
 
 
 def prefill(model: Llama, prompts: list, cache: Tensor, recent: int = 1) -> tuple[Tensor, Tensor]:
@@ -734,6 +736,8 @@ def generate(model: Llama, prompts: list, max_new_tokens: int, *, heads: MedusaH
                         range(len(prompts)) if seeds is None else seeds, 1 if plain else heads.recent,
                         compiled is not None)
     if compiled is not None:
+        if device.type == "cuda":
+            torch._dynamo.mark_static_address(state.cache)     # CUDA graphs write to it in place
         key = (len(prompts), sampling, str(tree.paths), tuple(eos.tolist()))
         if key not in compiled:
             compiled[key] = compile_step(model, heads, tree, state, sampling, eos)
