@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from llama import (DTYPES, SEED, ArgumentParser, Llama, Tokenizer, UserError, command_line, device, locate, number,
-                   read_json, threads, write_json)
+from llama import (DTYPES, LARGE, SEED, ArgumentParser, Llama, Tokenizer, UserError, command_line, device, locate,
+                   number, read_json, threads, write_json)
 from prepare_data import continuations, openings_of
-from tinymedusa import (MedusaHeads, Sampling, Stages, Tree, call, check_prompts, choice_margin, generate, grow_tree,
-                        load_tree, path_hits, set_threads, uniforms, walk)
+from tinymedusa import (LARGEST_COMPILED, MedusaHeads, Sampling, Stages, Tree, call, check_prompts, choice_margin,
+                        generate, grow_tree, load_tree, path_hits, set_threads, uniforms, walk)
 from train_heads import evaluate
 
 TUNE_NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)       # sizes of tree that --tune compares, the root included
@@ -91,11 +91,12 @@ def sampling(args) -> Sampling:
 
 
 def ready(model: Llama, args) -> None:
-    """Gets a model ready to decode, and for nothing else: weights packed, threads chosen."""
-    if model.norm.device.type == "cpu":
+    """Gets a model ready to decode, and for nothing else: weights packed (but not those to compile), threads chosen."""
+    large = model.size() > LARGE
+    if model.norm.device.type == "cpu" and (args.compile is None or not large or model.size() > LARGEST_COMPILED):
         model.pack()
-    # a compiled step has its threads built in, and waits for them more than they help
-    set_threads(model, 1 if args.threads == "auto" and args.compile is not None else args.threads)
+    # a compiled step has its threads built in, and of a small model waits for them more than they help
+    set_threads(model, 1 if args.threads == "auto" and args.compile is not None and not large else args.threads)
 
 
 def compile_ahead(model: Llama, heads, tree, args) -> None:
@@ -288,7 +289,7 @@ def arguments(argv=None):
     parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--threads", type=threads, default="auto", help="a number, or auto: measured at start")
     parser.add_argument("--compile", action="store_const", const={},
-                        help="compile the step: half a minute once, then it is kept on disk")
+                        help="compile the step: a minute once, then it is kept on disk")
     parser.add_argument("--compare", action="store_true", help="decode plainly too: same tokens? what speed-up?")
     parser.add_argument("--profile", action="store_true", help="time each stage")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt, nothing else on stdout")

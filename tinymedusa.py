@@ -581,6 +581,8 @@ def step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, wind
 
 # -------------------------------------------------------------------------------------------------- the compiled step
 
+LARGEST_COMPILED = 2 ** 30      # bytes of parameters: a compiled graph brings its own copy, packed for its kernels
+
 COMPILE_OPTIONS = {     # of torch's Inductor; each was measured to pay
     "freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN",    # weights packed for C++ GEMMs
     "realize_opcount_threshold": 8, "realize_reads_threshold": 2,                # the mask once, not in each layer anew
@@ -625,14 +627,15 @@ def graph_key(graph: StepGraph, state: State) -> str:
 def compile_step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, sampling: Sampling, eos: Tensor):
     """`step` as one graph: a function (window, *state) → (*state without the cache, report), for states of this shape.
 
-    On a CPU ahead of time (AOTInductor): half a minute, then kept beside torch's own cache, from where it loads in
+    On a CPU ahead of time (AOTInductor): a minute or less, then kept beside torch's own cache, from where it loads in
     milliseconds. Elsewhere by torch.compile with CUDA graphs. UserError where it can't be done.
     """
     graph = StepGraph(model, heads, tree, sampling, eos)
     if model.norm.device.type != "cpu":
         return torch.compile(graph, fullgraph=True, dynamic=False, mode="reduce-overhead")
-    if model.lm_head.weight is None:
-        raise UserError("a model of this size is not compiled on a CPU: its step is bound by reading the weights")
+    if model.size() > LARGEST_COMPILED or model.lm_head.weight is None:
+        raise UserError("the step of a packed model, or of one above 1 GiB, is not compiled: its graph would hold the "
+                        "weights once more")
     path = Path(cache_dir()) / "tinymedusa" / f"{graph_key(graph, state)}.pt2"
     try:
         if not path.exists():

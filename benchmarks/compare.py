@@ -54,7 +54,6 @@ ROWS = {
 def ours(folder, args, compiled=None):
     import torch
 
-    import llama
     import tinymedusa
     from llama import DTYPES, Llama
 
@@ -66,7 +65,7 @@ def ours(folder, args, compiled=None):
         "own": heads.tree(own["paths"]),
         "published": heads.tree(tinymedusa.published_tree(heads.num_heads, PUBLISHED, heads.draft_size)),
     }
-    if compiled is None or model.size() > llama.LARGE:
+    if compiled is None or model.size() > tinymedusa.LARGEST_COMPILED:
         model.pack()
 
     def run(ids, medusa=None, stages=None, max_new_tokens=args.max_new_tokens):
