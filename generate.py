@@ -37,7 +37,7 @@ OPENING = "Once upon a time, there was a little girl named Lily who loved to pla
 
 def mode(args) -> str:
     """What a step costs depends on this; `--tune` keeps a tree for each."""
-    return torch.device(args.device).type + (" compiled" if args.compile else "")
+    return torch.device(args.device).type + (" compiled" if args.compile is not None else "")
 
 
 def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None, str | None]:

@@ -172,6 +172,17 @@ def test_tune_forecasts_what_decoding_then_does(kind, tiny_folder, tmp_path, cli
     assert "tree" in forced["stages"] and forced["token_ids"] == result["token_ids"]
 
 
+def test_a_tree_for_each_mode():
+    """The shipped file: a tree for eager decoding, the root alone for the compiled step."""
+    args = ["--heads", str(MODEL / "medusa")]
+    for more, mode, nodes in ([], "cpu", 8), (["--compile"], "cpu compiled", 1):
+        parsed = generate.arguments(args + more)
+        assert generate.mode(parsed) == mode
+        heads, tree, source = generate.load_heads(parsed, Llama.from_pretrained(MODEL))
+        assert len(tree.paths) == nodes and (heads is None) == (nodes == 1)
+        assert ("plain decoding is faster on cpu compiled: a step of 2 nodes" in source) == (nodes == 1)
+
+
 def test_the_report_names_the_tree(tiny_folder, cli):
     out = cli("generate", "--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 5)[1]
     assert "tree: 16 nodes, mc_sim_7b_63, published" in out
