@@ -254,13 +254,13 @@ def keep_rows(cache: Tensor, length: Tensor, path: Tensor) -> None:
     cache.index_put_((layers, rows, to), cache[layers, rows, length[:, None] + path])
 
 
-def mask_table(ancestors: Tensor, dtype=torch.float32) -> Tensor:
+def mask_table(ancestors: Tensor) -> Tensor:
     """What the nodes of a tree may see, for `visible`: ancestors bool [N, N] → [N, N + 2], 0 or minus infinity.
 
     Column 0 stands for all committed slots, column 1 + j for node j, the last one for all slots beyond the tree.
     """
     seen = F.pad(F.pad(ancestors, (1, 0), value=True), (0, 1), value=False)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def visible(length: Tensor, table: Tensor, window: Tensor) -> Tensor:

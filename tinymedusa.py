@@ -565,6 +565,11 @@ def commit(state: State, hidden: Tensor, path: Tensor, out: Tensor, count: Tenso
                           emitted=state.emitted + count, remaining=remaining)
 
 
+def reported(state: State, out: Tensor, count: Tensor) -> tuple[State, Tensor]:
+    """A state and what the host reads of it, in one tensor [B, 2 + P]: count, remaining, out."""
+    return state, torch.cat((count[:, None], state.remaining[:, None], out), 1)
+
+
 def step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, window: Tensor, sampling: Sampling,
          eos: Tensor, run=call) -> tuple[State, Tensor]:
     """One decoding step → the next state and what the host reads, [B, 2 + P]: count, remaining, out.
@@ -575,8 +580,7 @@ def step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: State, wind
     ids = run("medusa", draft, heads, tree, state)
     hidden, logits = run("tree", verify, model, tree, ids, state, window)
     path, out, count = run("posterior", accept, tree, ids, logits, state, sampling, eos)
-    state = run("update", commit, state, hidden, path, out, count, eos)
-    return state, torch.cat((count[:, None], state.remaining[:, None], out), 1)
+    return reported(run("update", commit, state, hidden, path, out, count, eos), out, count)
 
 
 # -------------------------------------------------------------------------------------------------- the compiled step
@@ -705,8 +709,7 @@ def start(model: Llama, prompts: list, max_new_tokens: int, tree: Tree, sampling
                   uniforms(seeds, draws).to(device))
     hidden = last[:, -1:]
     chosen, out, count = accept(root, token[:, None], model.lm_head(hidden), state, sampling, eos)
-    state = commit(state, hidden, chosen, out, count, eos)
-    return state, torch.cat((count[:, None], state.remaining[:, None], out), 1)
+    return reported(commit(state, hidden, chosen, out, count, eos), out, count)
 
 
 def check_prompts(prompts: list, context: int) -> None:

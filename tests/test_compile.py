@@ -8,7 +8,7 @@ from conftest import random_prompt, tiny_heads, tiny_llama
 import llama
 import tinymedusa
 from llama import UserError
-from tinymedusa import GREEDY, Sampling, generate, most_likely
+from tinymedusa import Sampling, generate, most_likely
 
 TREE = [[0], [1], [0, 0], [0, 1], [0, 0, 0]]
 
@@ -112,4 +112,3 @@ def test_a_compiled_batch_keeps_finished_rows(monkeypatch):
     model, prompts = tiny_llama(3), [random_prompt(random.Random(i), 9) for i in range(6)]
     assert tokens(model, prompts, compiled={})[0] == tokens(model, prompts)[0]
     assert len(set(shapes)) == 1 and shapes[0][1] == 6
-    assert GREEDY.temperature == 0
