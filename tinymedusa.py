@@ -32,7 +32,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import llama
-from llama import (ROTARY_SLACK, Llama, UserError, at_least_float32, keep_rows, locate, mask_table, new_cache,
+from llama import (ROTARY_SLACK, SMALL_HEAD, Llama, UserError, at_least_float32, keep_rows, locate, mask_table, new_cache,
                    open_tensors, read_json, read_tensors, some_rows, visible, write_atomic, write_json, write_tensors)
 
 # ------------------------------------------------------------------------------------------------------------- tree
@@ -662,6 +662,7 @@ def compile_step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: Sta
 # --------------------------------------------------------------------------------------------------------- generation
 
 PREFILL_CHUNK = 512     # prompt tokens a forward: bounds the memory of the mask and of the activations
+SMALL_CHUNK = 64        # the same where attention is written out: its scores then stay in the CPU's cache, 3.5x faster
 
 
 def window_of(slots: int, cache: Tensor) -> Tensor:
@@ -678,8 +679,9 @@ def prefill(model: Llama, prompts: list, cache: Tensor, recent: int = 1) -> tupl
     total = torch.tensor([len(p) for p in prompts], device=device)
     length = torch.zeros_like(total)
     last = cache.new_zeros(len(prompts), recent, model.config.hidden_size)
-    for begin in range(0, longest, PREFILL_CHUNK):
-        chunk = ids[:, begin:begin + PREFILL_CHUNK]
+    size = min(PREFILL_CHUNK, SMALL_CHUNK) if model.config.head_dim < SMALL_HEAD else PREFILL_CHUNK
+    for begin in range(0, longest, size):
+        chunk = ids[:, begin:begin + size]
         depth = torch.arange(chunk.shape[1], device=device)
         hidden = feed(model, chunk, depth, mask_table(depth[:, None] >= depth), cache, length,
                       window_of(begin + chunk.shape[1], cache))

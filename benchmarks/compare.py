@@ -45,6 +45,7 @@ ROWS = {
     "onnxruntime-genai": ("onnxruntime_genai", {}),
     "llama2.c": ("llama2c", {}),
 }
+PREFILL = ("ours, plain", "transformers, dynamic cache", "llama.cpp", "llama.cpp, no flash attention", "CTranslate2")
 
 
 # ------------------------------------------------------------------------------- workers: (folder, args) → a function
@@ -68,21 +69,15 @@ def ours(folder, args, compiled=None):
     if compiled is None or model.size() > tinymedusa.LARGEST_COMPILED:
         model.pack()
 
-    def run(ids, medusa=None, stages=None, max_new_tokens=args.max_new_tokens):
-        steps = list(
-            tinymedusa.generate(
-                model,
-                [ids],
-                max_new_tokens,
-                heads=heads if medusa else None,
-                tree=trees.get(medusa),
-                compiled=compiled,
-                run=stages or tinymedusa.call,
-            )
-        )
-        return [t for new in steps for t in new[0]], len(steps) - 1
+    def steps(ids, max_new_tokens, **options):
+        return tinymedusa.generate(model, [ids], max_new_tokens, compiled=compiled, **options)
 
-    run.model, run.heads, run.trees = model, heads, trees
+    def run(ids, medusa=None, stages=tinymedusa.call):
+        options = {"heads": heads if medusa else None, "tree": trees.get(medusa), "run": stages}
+        news = [new for (new,) in steps(ids, args.max_new_tokens, **options)]
+        return [t for new in news for t in new], len(news) - 1
+
+    run.model, run.heads, run.steps = model, heads, steps
     return run
 
 
@@ -184,7 +179,8 @@ def llama_cpp(folder, args, flash=True, kind=None):
         subprocess.run([sys.executable, __file__, str(folder), "--gguf", str(path), kind], check=True)
     model = lib.Llama(
         str(path),
-        n_ctx=512,
+        n_ctx=2048,
+        n_batch=2048,
         n_threads=args.threads,
         n_threads_batch=args.threads,
         flash_attn=flash,
@@ -461,12 +457,12 @@ class Worker:
 # ------------------------------------------------------------------------------------------------------- the comparison
 
 
-def contest(prompts: list, args) -> list[dict]:
+def contest(prompts: list, args, names=tuple(ROWS)) -> list[dict]:
     """All rows over all prompts, in turns; `repeats` rounds of each."""
     from tqdm import tqdm
 
     workers, rows = {}, []
-    for name in [n for n in ROWS if not args.rows or any(part in n for part in args.rows)]:
+    for name in [n for n in names if not args.rows or any(part in n for part in args.rows)]:
         kind, options = ROWS[name]
         row = {"row": name, "options": options, "worker": kind, "runs": []}
         if kind not in workers:
@@ -556,12 +552,33 @@ def machine(folder, args) -> dict:
     }
 
 
-def stages(prompts: list, args) -> dict:
-    """The original's profile: median ms a call of each stage, eager, for plain decoding and both trees."""
+def prefill(ids: list, args) -> list[dict]:
+    """Tokens/s of reading one long prompt, up to the first new token."""
+    rows = contest([ids], argparse.Namespace(**vars(args) | {"max_new_tokens": 1}), PREFILL)
+    speed = lambda row: round(len(ids) / statistics.median(run["seconds"] for run in row["runs"]), 1)
+    return [
+        {"row": row["row"], "prompt_tokens": len(ids)}
+        | ({"tokens_per_second": speed(row)} if row["runs"] else {"refused": row["refused"]})
+        for row in rows
+    ]
+
+
+def modes(args) -> dict:
+    """Ours, ready to decode in each mode: "eager" and, unless the model is packed for good, "compiled"."""
+    import torch
+
+    runs = {"eager": ours(args.folder, args), "compiled": compiled(args.folder, args)}
+    return {mode: run for mode, run in runs.items() if mode == "eager" or isinstance(run.model.lm_head, torch.nn.Linear)}
+
+
+def stages(prompts: list, args, run) -> dict:
+    """The original's profile: median ms a call of each stage for plain decoding and both trees. A compiled step is one
+    stage."""
     import tinymedusa
 
-    run, table = ours(args.folder, args), {}
+    table = {}
     for name in (None, "own", "published"):
+        run(prompts[0], medusa=name)
         clock = tinymedusa.Stages("cpu")
         for ids in prompts:
             run(ids, medusa=name, stages=clock)
@@ -573,13 +590,10 @@ def stages(prompts: list, args) -> dict:
     return table
 
 
-def curve(args) -> list[dict]:
-    """ms of a whole eager step against nodes and context, and the tokens per step where a tree breaks even."""
-    import torch
-
+def curve(args, run) -> list[dict]:
+    """ms of a whole step against nodes and context, and the tokens per step where a tree breaks even."""
     import tinymedusa
 
-    run = ours(args.folder, args)
     model, heads, points = run.model, run.heads, []
     context = model.config.max_position_embeddings
     sizes = [1, 2, 4, 8, 16, 32, 64]
@@ -590,9 +604,7 @@ def curve(args) -> list[dict]:
         seconds = {n: [] for n in sizes}
         for _ in range(args.repeats):
             for n in sizes:
-                steps = tinymedusa.generate(
-                    model, [[1] * length], 60, heads=heads if n > 1 else None, tree=trees[n], eos=(), max_steps=8
-                )
+                steps = run.steps([1] * length, 60, heads=heads if n > 1 else None, tree=trees[n], eos=(), max_steps=8)
                 next(steps)
                 begin = time.perf_counter()
                 for _ in steps:
@@ -604,7 +616,6 @@ def curve(args) -> list[dict]:
                 "context": length,
                 "nodes": n,
                 "step_ms": round(1000 * cost[n], 3),
-                "threads": torch.get_num_threads(),
                 "break_even_tokens_per_step": round(cost[n] / cost[1], 2),
             }
             for n in sizes
@@ -646,31 +657,28 @@ def markdown(result: dict) -> str:
         f"Floor: {m['weights_mb']} MB of weights a step at {m['read_gb_per_s']} GB/s = {m['floor_ms']} ms; a node's "
         f"arithmetic at {m['multiply_adds_g_per_s']} G multiply-adds/s = {m['arithmetic_ms_a_node']} ms.",
     ]
-    if result.get("stages"):
+    if result["prefill"]:
+        n = result["prefill"][0]["prompt_tokens"]
+        lines += ["", f"| reading a prompt of {n} tokens | tokens/s |", "|---|---|"]
+        lines += [f"| {r['row']} | {r.get('tokens_per_second') or r['refused']} |" for r in result["prefill"]]
+    for mode, table in result["stages"].items():
+        lines += ["", f"| {mode}: stage, ms (share) | " + " | ".join(table) + " |", "|---|" + "---|" * len(table)]
+        for stage in ("init", "base_inference", "step", "medusa", "tree", "posterior", "update"):
+            cells = [t.get(stage) for t in table.values()]
+            if any(cells):
+                shown = (f"{c['median_ms']} ({c['share']:.1%})" if c else "" for c in cells)
+                lines.append(f"| {stage} | {' | '.join(shown)} |")
+    for mode, points in result["curve"].items():
+        sizes = sorted({p["nodes"] for p in points})
         lines += [
             "",
-            "| stage, ms (share) | " + " | ".join(result["stages"]) + " |",
-            "|---|" + "---|" * len(result["stages"]),
-        ]
-        for stage in ("init", "base_inference", "medusa", "tree", "posterior", "update"):
-            cells = [t.get(stage) for t in result["stages"].values()]
-            lines.append(
-                f"| {stage} | " + " | ".join(f"{c['median_ms']} ({c['share']:.1%})" if c else "" for c in cells) + " |"
-            )
-    if result.get("curve"):
-        sizes = sorted({p["nodes"] for p in result["curve"]})
-        lines += [
-            "",
-            "| step, ms (tokens per step to break even) | " + " | ".join(f"{n} nodes" for n in sizes) + " |",
+            f"| {mode}: step, ms (tokens per step to break even) | " + " | ".join(f"{n} nodes" for n in sizes) + " |",
             "|---|" + "---|" * len(sizes),
         ]
-        for context in sorted({p["context"] for p in result["curve"]}):
-            cells = {p["nodes"]: p for p in result["curve"] if p["context"] == context}
-            lines.append(
-                f"| context {context} | "
-                + " | ".join(f"{cells[n]['step_ms']} ({cells[n]['break_even_tokens_per_step']})" for n in sizes)
-                + " |"
-            )
+        for context in sorted({p["context"] for p in points}):
+            cells = [p for p in points if p["context"] == context]
+            shown = (f"{p['step_ms']} ({p['break_even_tokens_per_step']})" for p in cells)
+            lines.append(f"| context {context} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -703,6 +711,7 @@ def arguments():
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32, for 1B and 7B bfloat16")
     parser.add_argument("--tree", help="paths of the own tree (default: tree.json beside the heads)")
     parser.add_argument("--curve", action="store_true", help="also time steps against nodes and context")
+    parser.add_argument("--prefill", type=int, metavar="N", help="also time the reading of a prompt of N tokens")
     parser.add_argument("--llama2c", metavar="PATH", help="a compiled `run` of llama2.c")
     parser.add_argument(
         "--scratch",
@@ -742,6 +751,7 @@ def main():
     prompts = [tokenizer.encode(text) for text in openings]
     rows = contest(prompts, args)
     summary(rows)
+    ids, runs = ([t for prompt in 99 * prompts for t in prompt][: args.prefill], modes(args))
     what = f"padded {shape}" if shape else args.folder.resolve().name + "/"
     result = {
         "title": f"{what}, {args.dtype}, {args.threads} thread{'s' * (args.threads > 1)}",
@@ -749,8 +759,9 @@ def main():
         "one at a time; medians. `*`: other processes ran in most of its rounds.",
         "machine": machine(args.folder, args),
         "rows": rows,
-        "stages": stages(prompts, args),
-        "curve": curve(args) if args.curve else None,
+        "prefill": prefill(ids, args) if args.prefill else [],
+        "stages": {mode: stages(prompts, args, run) for mode, run in runs.items()},
+        "curve": {mode: curve(args, run) for mode, run in runs.items()} if args.curve else {},
     }
     text = markdown(result)
     print(text)
