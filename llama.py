@@ -8,11 +8,14 @@ Shape letters: B rows, T tokens fed, S cache slots, W window (the first W slots)
 """
 import argparse
 import json
+import math
 import os
+import pickle
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +91,11 @@ def command_line(main) -> None:
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+ROPE_NUMBERS = {        # what each way to stretch rotary embedding needs; "dynamic" changes nothing within the context
+    "default": (), "dynamic": ("factor",), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """The fields of an HF `config.json` that describe a Llama; the defaults are those of HF's own LlamaConfig."""
@@ -101,6 +109,8 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None            # None, or rope_type "linear", "llama3" or "dynamic" and its numbers
+    sliding_window: int | None = None           # Mistral's; the context ends with it
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -120,6 +130,11 @@ class LlamaConfig:
         must_be("a whole number of at least 1", lambda v: v is None or whole(v), "num_key_value_heads", "head_dim")
         must_be("a positive number", lambda v: type(v) in (int, float) and 0 < v < float("inf"),
                 "rms_norm_eps", "rope_theta")
+        for name in ROPE_NUMBERS[(self.rope_scaling or {}).get("rope_type", "default")]:
+            value = self.rope_scaling[name]
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise UserError(f"config: rope_scaling has {name} {value!r}, it must be a positive number")
+        must_be("a whole number of at least 1", lambda v: v is None or whole(v), "sliding_window")
         must_be("true or false", lambda v: type(v) is bool, "tie_word_embeddings", "attention_bias", "mlp_bias")
         must_be(f"one of {', '.join(DTYPES)}", lambda v: v in tuple(DTYPES), "dtype")
         must_be("a token id", lambda v: v is None or token(v), "bos_token_id")
@@ -127,6 +142,9 @@ class LlamaConfig:
                 "eos_token_id")
         fill = lambda name, value: getattr(self, name) is None and object.__setattr__(self, name, value)
         fill("num_key_value_heads", self.num_attention_heads)
+        if self.sliding_window:
+            limit = min(self.max_position_embeddings, self.sliding_window)
+            object.__setattr__(self, "max_position_embeddings", limit)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UserError(f"config: hidden_size {self.hidden_size} is not divisible by num_attention_heads "
                             f"{self.num_attention_heads} and no head_dim is given")
@@ -136,6 +154,15 @@ class LlamaConfig:
                             f"num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
             raise UserError(f"config: head_dim {self.head_dim} is odd, rotary embedding needs an even one")
+
+    @property
+    def why_no_longer(self) -> str:
+        """What keeps the context from being longer, for an error; empty if only the model's own length does."""
+        if self.sliding_window == self.max_position_embeddings:
+            return " (beyond it this model attends to a sliding window only, which is not supported)"
+        if (self.rope_scaling or {}).get("rope_type") == "dynamic":
+            return " (beyond it rope_scaling 'dynamic' would change the keys that are cached already: not supported)"
+        return ""
 
     @property
     def eos_token_ids(self) -> tuple:
@@ -148,19 +175,27 @@ class LlamaConfig:
         """From the contents of an HF `config.json`, old spelling or new. Raises UserError for what is not done here."""
         def refuse(field, value, want):
             raise UserError(f"config: {field} is {value!r}, only {want} is supported")
-        if data.get("model_type", "llama") != "llama":
-            refuse("model_type", data["model_type"], "'llama'")
+        if data.get("model_type", "llama") not in ("llama", "mistral"):
+            refuse("model_type", data["model_type"], "'llama' (or 'mistral')")
         if data.get("hidden_act", "silu") != "silu":
             refuse("hidden_act", data["hidden_act"], "'silu'")
         for field in ("rope_scaling", "rope_parameters"):
             if not isinstance(data.get(field) or {}, dict):
                 refuse(field, data[field], "an object")
         rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            refuse("rope_parameters" if data.get("rope_parameters") else "rope_scaling", kind, "'default'")
+        kind = rope.get("rope_type", rope.get("type")) or "default"
+        if kind not in ROPE_NUMBERS:
+            refuse("rope_parameters" if data.get("rope_parameters") else "rope_scaling", kind,
+                   " or ".join(map(repr, ROPE_NUMBERS)))
         data = {"dtype": data.get("torch_dtype"), **data}
         data["rope_theta"] = rope.get("rope_theta", data.get("rope_theta"))
+        data["rope_scaling"] = None if kind == "default" else {"rope_type": kind} | {
+            name: rope.get(name) for name in ROPE_NUMBERS[kind]}
+        if kind == "dynamic" and rope.get("original_max_position_embeddings"):
+            data["max_position_embeddings"] = rope["original_max_position_embeddings"]
+        if data.get("model_type") == "mistral":
+            data = {"sliding_window": 4096, "num_key_value_heads": 8, "intermediate_size": 14336,
+                    "max_position_embeddings": 4096 * 32, **data}
         nullable = ("bos_token_id", "eos_token_id")      # null elsewhere: the default, as if it were absent
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
                       if k in cls.__dataclass_fields__ and (v is not None or k in nullable)})
@@ -176,11 +211,24 @@ class LlamaConfig:
 ROTARY_SLACK = 64   # positions beyond the context: the nodes of a tree that stands at the context's very end
 
 
+def frequencies(config: LlamaConfig) -> Tensor:
+    """Radians a position of every pair: [D/2]. Llama 3 slows down those with few turns in its original context."""
+    inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":
+        return inverse / scaling["factor"]
+    if scaling.get("rope_type") == "llama3":
+        factor, low, high, original = (scaling[name] for name in ROPE_NUMBERS["llama3"])
+        turns = original / (2 * math.pi / inverse)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)       # 0: slowed down by the factor, 1: left as it is
+        return (1 - keep) * inverse / factor + keep * inverse
+    return inverse
+
+
 def rotary_table(config: LlamaConfig, dtype=torch.float32) -> Tensor:
     """cos and sin of every position times every frequency: [positions, D/2, 2], computed as HF does, in float32."""
-    pairs = torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
     angle = torch.arange(config.max_position_embeddings + ROTARY_SLACK, device="cpu").float()[:, None] \
-        * (1.0 / config.rope_theta ** pairs)
+        * frequencies(config)
     return torch.stack((angle.cos(), angle.sin()), -1).to(dtype)
 
 
@@ -293,8 +341,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, zero: Tensor, floor: Tensor) -> T
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """x [T, I] times weight [I, O], plus bias [O], plus residual [T, O]: one kernel where there are no biases."""
-    if weight.is_mkldnn:
-        return packed_linear(x, weight, bias) if residual is None else residual + packed_linear(x, weight, bias)
+    if isinstance(weight, Int8) or weight.is_mkldnn:
+        y = weight.linear(x, bias) if isinstance(weight, Int8) else packed_linear(x, weight, bias)
+        return y if residual is None else residual + y
     if residual is None:
         return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
     return torch.addmm(residual if bias is None else residual + bias, x, weight)
@@ -322,6 +371,45 @@ class PackedHead(nn.Module):
         if self.weight is not None and (hidden.shape[:-1].numel() == 1 or torch.compiler.is_compiling()):
             return F.linear(hidden, self.weight)
         return packed_linear(hidden.reshape(-1, hidden.shape[-1]), self.packed, None).view(*hidden.shape[:-1], -1)
+
+
+class Int8(NamedTuple):
+    """A matrix [O, I] in 8 bits, a scale for each output; what it is multiplied with keeps its dtype (weight-only)."""
+    values: Tensor      # [O, I] int8
+    scale: Tensor       # [O]
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Int8":
+        """The nearest of 255 values symmetric about 0, the largest weight of a row being the last."""
+        scale = (weight.detach().abs().amax(1).float() / 127).clamp(min=1e-12).to(weight.dtype)
+        values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for part, by, into in zip(weight.detach().split(1024), scale.split(1024), values.split(1024), strict=True):
+            into.copy_((part.float() / by.float()[:, None]).round_().clamp_(-127, 127))
+        return cls(values, scale)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, I] → [T, O]. A few rows on a CPU have a kernel of torch's, more pay for unpacking the matrix."""
+        if len(x) <= 16 and x.device.type == "cpu":
+            y = torch._weight_int8pack_mm(x.contiguous(), self.values, self.scale)
+        else:
+            y = (x @ self.values.to(x.dtype).t()) * self.scale
+        return y if bias is None else y + bias
+
+
+class Int8Head(nn.Module):
+    """An `lm_head` in 8 bits."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.matrix = Int8.of(weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """Unpacked, for heads that use its rows: [V, H]."""
+        return self.matrix.values * self.matrix.scale[:, None]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.matrix.linear(hidden.reshape(-1, hidden.shape[-1]), None).view(*hidden.shape[:-1], -1)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -407,6 +495,14 @@ class Layer(nn.Module):
         return w
 
 
+    def let_go(self, layout, weights=None) -> list:
+        """`weights` with layout(matrix [in, out]) in place of each matrix; this layer holds them no longer."""
+        kept = [layout(w) if w is not None and w.dim() == 2 else w for w in weights or self.weights()]
+        self.qkv_proj = self.o_proj = self.gate_up_proj = self.down_proj = None
+        return kept
+
+
+HEADS_INSIDE = "medusa_head."   # how the names begin of heads that stand in the model's own file, as Medusa 1.0 writes
 LARGE = 64 * 2 ** 20     # bytes of weights that are surely read from memory, not from a cache, in each step
 
 
@@ -484,60 +580,74 @@ class Llama(nn.Module):
         ones are let go, and one row costs what eight do.
         """
         if not isinstance(self.lm_head, nn.Linear):
-            return                                              # packed already
+            return                                              # packed already, or in 8 bits
         if not torch.backends.mkldnn.is_available() or self.norm.dtype not in (torch.float32, torch.bfloat16):
             return
         large = self.size() > LARGE
         self.lm_head = PackedHead(self.lm_head.weight, keep=not large)
         if large:
-            self.weights = []
-            for layer in self.layers:
-                self.weights.append([pack(w.t()) if w is not None and w.dim() == 2 else w for w in layer.folded()])
-                layer.qkv_proj = layer.o_proj = layer.gate_up_proj = layer.down_proj = None
+            self.weights = [layer.let_go(lambda matrix: pack(matrix.t()), layer.folded()) for layer in self.layers]
         else:
             self.weights = [layer.folded() for layer in self.layers]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """HF's names → views of our parameters (the rows of q_proj and k_proj `interleaved`)."""
+    def tensors(self, only: int | None = None) -> dict[str, Tensor]:
+        """HF's names → views of our parameters (the rows of q_proj and k_proj `interleaved`).
+
+        only: those of the layer with this number, -1: those of no layer.
+        """
         c = self.config
         query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         parts = {"qkv": {"self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": key},
                  "o": {"self_attn.o_proj": c.hidden_size}, "down": {"mlp.down_proj": c.hidden_size},
                  "gate_up": {"mlp.gate_proj": c.intermediate_size, "mlp.up_proj": c.intermediate_size}}
-        named = {"model.embed_tokens.weight": self.embed_tokens.weight.detach()}
-        for i, layer in enumerate(self.layers):
-            for name, p in layer.named_parameters():
+        named = {}
+        for i in range(len(self.layers)) if only is None else [only] * (only >= 0):
+            for name, p in self.layers[i].named_parameters():
                 owner, _, kind = name.rpartition("_")           # qkv_proj → a weight, qkv_bias → a bias
                 split = parts.get(owner, {name: len(p)})
                 named |= {f"model.layers.{i}.{part}.{'bias' if kind == 'bias' else 'weight'}": view
                           for part, view in zip(split, p.detach().split(list(split.values())), strict=True)}
-        named["model.norm.weight"] = self.norm.detach()
-        return named if c.tie_word_embeddings else named | {"lm_head.weight": self.lm_head.weight.detach()}
+        if only is None or only < 0:
+            named |= {"model.embed_tokens.weight": self.embed_tokens.weight.detach(),
+                      "model.norm.weight": self.norm.detach()}
+            named |= {} if c.tie_word_embeddings else {"lm_head.weight": self.lm_head.weight.detach()}
+        return named
 
     @classmethod
-    def from_pretrained(cls, name_or_path, *, dtype=None, device="cpu", revision=None) -> "Llama":
+    def from_pretrained(cls, name_or_path, *, dtype=None, device="cpu", revision=None, int8=False) -> "Llama":
         """From a local folder or a hub id, in HF's own layout. dtype None: float32 on the CPU, else the checkpoint's.
 
+        Never more in memory than the model and some rows of a matrix; int8: than the quantised model (see `Int8`), its
+        embeddings and one layer, and only for decoding. Medusa heads inside the file are left to MedusaHeads.
         Raises UserError: no such folder or file, not a Llama, tensors missing, unexpected or of another shape.
         """
         config = load_config(name_or_path, revision)
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else DTYPES[config.dtype]
-        what, files = f"model {name_or_path}", weight_files(name_or_path, revision)
-        handles = open_tensors(files, what)
-        if "lm_head.weight" in handles:              # though the config may say tied: HF, too, takes the file's word
+        what = f"model {name_or_path}"
+        found = open_tensors(weight_files(name_or_path, revision), what)
+        found = {name: at for name, at in found.items() if not name.startswith(HEADS_INSIDE)}
+        if "lm_head.weight" in found:                # though the config may say tied: HF, too, takes the file's word
             config = replace(config, tie_word_embeddings=False)
         with torch.device("meta"):
             model = cls(config)                      # shapes only: no random initialisation
-        model = model.to(dtype).to_empty(device=device)
+        model = model.to(dtype)
+        check_tensors(found, model.tensors(), what)
+        model.to_empty(device=device)                # takes no memory before it is written to
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
-        tensors = model.tensors()
-        read_tensors(handles, tensors, what)
-        for name, tensor in tensors.items():
-            if "q_proj" in name or "k_proj" in name:
-                tensor.copy_(interleaved(tensor, config.head_dim))
         model.set_buffers(at_least_float32(dtype), device)
+        for number, layer in enumerate(model.layers):
+            tensors = model.tensors(only=number)
+            read_tensors(found, tensors, what)
+            for name, tensor in tensors.items():
+                if "q_proj" in name or "k_proj" in name:
+                    tensor.copy_(interleaved(tensor, config.head_dim))
+            if int8:
+                model.weights = [*(model.weights or ()), layer.let_go(lambda matrix: Int8.of(matrix.t()))]
+        read_tensors(found, model.tensors(only=-1), what)
+        if int8:
+            model.lm_head = Int8Head(model.lm_head.weight)
         return model.eval()
 
     def save(self, folder, dtype: torch.dtype | None = None) -> None:
@@ -598,46 +708,78 @@ def locate(name_or_path, filename: str, revision=None, required=True, repo_type=
 
 
 def weight_files(name_or_path, revision=None) -> list[Path]:
-    """The safetensors files of a model: one, or the shards its index names."""
-    index = locate(name_or_path, "model.safetensors.index.json", revision, required=False)
-    if index is None:
-        return [locate(name_or_path, "model.safetensors", revision)]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index}: weight_map must be an object of file names")
-    shards = sorted(set(weight_map.values()))
-    for name in shards:
-        if Path(name).name != name:
-            raise UserError(f"{index} names the shard {name!r}: a shard must lie beside its index")
-    return [locate(name_or_path, name, revision) for name in shards]
+    """The weights of a model: safetensors, else PyTorch's pickles; one file, or the shards that an index names."""
+    for one, many in (("model.safetensors", "model.safetensors.index.json"),
+                      ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        if index := locate(name_or_path, many, revision, required=False):
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise UserError(f"{index}: weight_map must be an object of file names")
+            shards = sorted(set(weight_map.values()))
+            for name in shards:
+                if Path(name).name != name:
+                    raise UserError(f"{index} names the shard {name!r}: a shard must lie beside its index")
+            return [locate(name_or_path, name, revision) for name in shards]
+        if file := locate(name_or_path, one, revision, required=False):
+            return [file]
+    return [locate(name_or_path, "model.safetensors", revision)]
 
 
-def open_tensors(files, what: str) -> dict:
-    """The names in some safetensors files → the open file that holds each; no tensor is read yet."""
-    try:
-        return {name: handle for handle in [safe_open(f, "pt") for f in files] for name in handle.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{what}: can't read {' or '.join(str(f) for f in files)}: {error}") from error
+def open_file(file: Path, what: str) -> dict:
+    """A safetensors file, or a pickle of tensors and nothing else: name → something with a shape to take rows [a:b] of.
 
-
-def read_tensors(handles: dict, into: dict[str, Tensor], what: str) -> None:
-    """Reads `open_tensors` into tensors of the same names, one at a time, checking all before any is read.
-
-    Raises UserError that names every missing, unexpected and wrongly shaped tensor.
+    Mapped, not read: what is used of it counts as memory until it is closed.
     """
-    found, problems = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in handles.items()}, []
+    try:
+        if file.suffix == ".safetensors":
+            handle = safe_open(file, "pt")
+            return {name: handle.get_slice(name) for name in handle.keys()}
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{what}: can't read {file}: {str(error).partition(chr(10))[0]}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"{what}: {file} is not a dictionary of tensors")
+    return tensors
+
+
+def open_tensors(files, what: str) -> dict[str, tuple]:
+    """The names in some files → the file that holds each, its shape, its name there; no tensor is read yet."""
+    shape = lambda t: tuple(t.shape if isinstance(t, Tensor) else t.get_shape())
+    return {name: (file, shape(t), name) for file in files for name, t in open_file(Path(file), what).items()}
+
+
+def check_tensors(found: dict, into: dict[str, Tensor], what: str) -> None:
+    """UserError that names every missing, unexpected and wrongly shaped tensor of `open_tensors`."""
+    problems = []
     # inv_freq: rotary frequencies that old transformers stored; they are derived from the config
     unexpected = [n for n in found if n not in into and not n.endswith("rotary_emb.inv_freq")]
     for title, names in (("missing", [n for n in into if n not in found]), ("unexpected", unexpected)):
         if names:
             problems.append(f"{title}: {', '.join(names)}")
-    problems += [f"{n} has shape {list(found[n])}, expected {list(tensor.shape)}"
-                 for n, tensor in into.items() if n in found and found[n] != tuple(tensor.shape)]
+    problems += [f"{n} has shape {list(found[n][1])}, expected {list(tensor.shape)}"
+                 for n, tensor in into.items() if n in found and found[n][1] != tuple(tensor.shape)]
     if problems:
         raise UserError(f"{what}: the tensors do not fit the config: {'; '.join(problems)}")
-    with torch.no_grad():
-        for name, tensor in into.items():
-            tensor.copy_(handles[name].get_tensor(name))
+
+
+READ_AT_ONCE = 2 ** 24      # bytes that are read of a mapped file before it is opened anew
+
+
+@torch.no_grad()
+def read_tensors(found: dict, into: dict[str, Tensor], what: str) -> None:
+    """Reads `open_tensors` into tensors of the same names, some rows at a time, into their dtype and device."""
+    opened, used = {}, 0
+    for name, tensor in into.items():
+        file, shape, there = found[name]
+        step = max(1, READ_AT_ONCE // max(1, 4 * math.prod(shape[1:])))
+        for begin in range(0, len(tensor), step):
+            if used >= READ_AT_ONCE:
+                opened, used = {}, 0                # unmapped: else all that was read would count as ours
+            if file not in opened:
+                opened[file] = open_file(Path(file), what)
+            rows = tensor[begin:begin + step]
+            rows.copy_(opened[file][there][begin:begin + step])
+            used += 4 * rows.numel()
 
 
 def read_json(path) -> dict:
@@ -683,13 +825,22 @@ def write_tensors(path, tensors: dict) -> None:
 # -------------------------------------------------------------------------------------------------------- tokenizer
 
 class Tokenizer:
-    """`tokenizer.json` through the `tokenizers` library, with Llama's rule that a text starts with bos."""
+    """`tokenizer.json`, else SentencePiece's `tokenizer.model`, through the `tokenizers` library, with Llama's rule that
+    a text starts with bos."""
 
     def __init__(self, name_or_path, config: LlamaConfig, revision=None):
         from tokenizers import Tokenizer as Backend
-        path = locate(name_or_path, "tokenizer.json", revision)
+
+        from formats import sentencepiece
+        path = locate(name_or_path, "tokenizer.json", revision, required=False) \
+            or locate(name_or_path, "tokenizer.model", revision, required=False) \
+            or locate(name_or_path, "tokenizer.json", revision)
+        self.before = lambda text: text     # what is done to a text before the library's part
         try:
-            self.backend = Backend.from_file(str(path))
+            if path.suffix == ".model":
+                self.backend, self.before = sentencepiece.read(path)
+            else:
+                self.backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"can't read the tokenizer {path}: {error}") from error
         self.backend.no_truncation()        # what a training run may have left in the file
@@ -708,7 +859,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, bos first (whether or not the file's own post-processor writes it)."""
-        return [e.ids if e.ids[:1] == self.bos else self.bos + e.ids for e in self.backend.encode_batch_fast(texts)]
+        encoded = self.backend.encode_batch_fast([self.before(text) for text in texts])
+        return [e.ids if e.ids[:1] == self.bos else self.bos + e.ids for e in encoded]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]

@@ -226,9 +226,9 @@ def tokenised(texts, tokenizer: Tokenizer):
             yield document
 
 
-def question(index: int, text: str) -> str:
+def question(index: int, text: str, system: str = SYSTEM) -> str:
     """A human turn in the vicuna_v1.1 template, up to where the answer begins (with a space)."""
-    return f"{'' if index else SYSTEM + ' '}USER: {text} ASSISTANT:"
+    return f"{'' if index else system + ' '}USER: {text} ASSISTANT:"
 
 
 def rendered(conversations, tokenizer: Tokenizer):
@@ -238,8 +238,8 @@ def rendered(conversations, tokenizer: Tokenizer):
     begins behind the colon.
     """
     for batch in batches(conversations, lambda rounds: sum(len(q) + len(a) for q, a in rounds)):
-        prompts = [question(i, q) for rounds in batch for i, (q, _) in enumerate(rounds)]
-        answers = [answer for rounds in batch for _, answer in rounds]
+        prompts = [tokenizer.before(question(i, q)) for rounds in batch for i, (q, _) in enumerate(rounds)]
+        answers = [tokenizer.before(answer) for rounds in batch for _, answer in rounds]
         encoded = iter(zip(prompts, tokenizer.backend.encode_batch(
             [f"{p} {a}" for p, a in zip(prompts, answers, strict=True)], add_special_tokens=False), strict=True))
         for rounds in batch:
@@ -372,7 +372,7 @@ def distilled(args, items, config, tokenizer: Tokenizer):
     if talks:
         return answered_anew(items, tokenizer, write, args.batch_size, config.max_position_embeddings), len(items)
     encoded = dict(zip(items, tokenizer.encode_batch(list(items.values())), strict=True))
-    check_prompts(list(encoded.values()), config.max_position_embeddings)
+    check_prompts(list(encoded.values()), config)
     return continuations(encoded, write, args.batch_size), len(items)
 
 

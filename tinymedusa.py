@@ -17,7 +17,9 @@ Shape letters: B rows, N nodes of the tree (root included), P path length (tree 
 import hashlib
 import itertools
 import json
+import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -32,8 +34,9 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import llama
-from llama import (ROTARY_SLACK, SMALL_HEAD, Llama, UserError, at_least_float32, keep_rows, locate, mask_table, new_cache,
-                   open_tensors, read_json, read_tensors, some_rows, visible, write_atomic, write_json, write_tensors)
+from llama import (HEADS_INSIDE, ROTARY_SLACK, SMALL_HEAD, Int8Head, Llama, LlamaConfig, UserError, at_least_float32,
+                   check_tensors, keep_rows, locate, mask_table, new_cache, open_tensors, read_json, read_tensors,
+                   some_rows, visible, weight_files, write_atomic, write_json, write_tensors)
 
 # ------------------------------------------------------------------------------------------------------------- tree
 
@@ -323,7 +326,11 @@ class MedusaHeads(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, model: Llama, revision=None) -> "MedusaHeads":
-        """Heads for `model`, in its dtype and on its device. UserError if they belong to a model of another shape."""
+        """Heads for `model`, in its dtype and on its device: ours, or a published checkpoint (see `head_files`).
+
+        How many heads and blocks there are, and whether with vocabulary matrices, is read off the tensors' names.
+        UserError: the config says otherwise, a tensor is missing or not understood, or the model is of another shape.
+        """
         config, vocab_size = read_json(locate(name_or_path, "config.json", revision)), model.config.vocab_size
         whole = lambda v: type(v) is int and v >= 1
         for key, fits, want in (
@@ -340,20 +347,62 @@ class MedusaHeads(nn.Module):
             if config.get(key, getattr(model.config, key)) != getattr(model.config, key):
                 raise UserError(f"{name_or_path}: the heads expect {key} {config[key]}, the model has "
                                 f"{getattr(model.config, key)}: train heads for this model or pass --heads none")
-        size = config.get("draft_vocab_size")
+        what, size = f"heads {name_or_path}", config.get("draft_vocab_size")
+        found = open_tensors(head_files(name_or_path, config, revision), what)
+        if "model_type" in config:                              # the base's tensors are in the same files
+            found = {n: at for n, at in found.items() if n.startswith(HEADS_INSIDE)}
+        found = {n.removeprefix(HEADS_INSIDE): at for n, at in found.items()}
+        num_heads, num_layers, tied = count_heads(found, config, what)
         with torch.device("meta"):
-            heads = cls(model, config["medusa_num_heads"], config["medusa_num_layers"],
-                        bool(config.get("tie_lm_head")), config.get("medusa_width"),
+            heads = cls(model, num_heads, num_layers, tied, config.get("medusa_width"),
                         config.get("medusa_kind") or "medusa", config.get("medusa_recent") or 1,
                         None if size is None else torch.arange(size))
         heads = heads.to_empty(device=model.norm.device).to(model.norm.dtype)
-        what = f"heads {name_or_path}"
-        read_tensors(open_tensors([locate(name_or_path, "model.safetensors", revision)], what), heads.names(), what)
+        check_tensors(found, heads.names(), what)
+        read_tensors(found, heads.names(), what)
         ids = torch.arange(1) if heads.token_map is None else heads.token_map
         if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) < len(ids):
             raise UserError(f"{what}: token_map must hold different ids below {vocab_size}")
         heads.borrow(model)
         return heads.requires_grad_(False).eval()
+
+
+def head_files(name_or_path, config: dict, revision=None) -> list[Path]:
+    """Where heads are kept: ours, the official ones beside a config (v0.1), or inside a whole model's files (v1.0)."""
+    if "model_type" in config:
+        return weight_files(name_or_path, revision)
+    for name in ("model.safetensors", "medusa_lm_head.safetensors", "medusa_lm_head.pt"):
+        if file := locate(name_or_path, name, revision, required=False):
+            return [file]
+    return [locate(name_or_path, "model.safetensors", revision)]
+
+
+def count_heads(found: dict, config: dict, what: str) -> tuple[int, int, bool]:
+    """How many heads and blocks the tensors' names tell, and whether there is no vocabulary matrix; see `names`.
+
+    Published configs name fewer heads than their files hold: all are used, and a line on stderr says so.
+    """
+    blocks = [re.fullmatch(r"(\d+)\.(\d+)\.(?:linear|up)\.weight", name) for name in found]
+    numbers = [tuple(map(int, match.groups())) for match in blocks if match]
+    if not numbers:
+        raise UserError(f"{what}: no Medusa heads among its tensors, expected names such as 0.0.linear.weight")
+    num_heads, num_layers = (1 + max(column) for column in zip(*numbers, strict=True))
+    tied, said = f"0.{num_layers}.weight" not in found, config["medusa_num_heads"]
+    if said < num_heads:
+        print(f"{what}: config.json says {said} heads, the file holds {num_heads}: all are used", file=sys.stderr)
+    for key, value, fits in (("medusa_num_heads", num_heads, said <= num_heads),
+                             ("medusa_num_layers", num_layers, config["medusa_num_layers"] == num_layers),
+                             ("tie_lm_head", tied, config.get("tie_lm_head") in (None, tied))):
+        if not fits:
+            raise UserError(f"{what}: config.json has {key} {config[key]!r}, the tensors tell {value!r}")
+    return num_heads, num_layers, tied
+
+
+def base_of(name_or_path, revision=None) -> str | None:
+    """The model that some heads belong to, if the name is that of heads alone, as published: else None."""
+    config = locate(name_or_path, "config.json", revision, required=False)
+    config = read_json(config) if config else {}
+    return None if "model_type" in config else config.get("base_model_name_or_path")
 
 
 def read_tree(text, mode: str | None = None) -> tuple[list, str | None]:
@@ -396,10 +445,20 @@ def load_tree(folder, heads: MedusaHeads, given=None, mode: str | None = None) -
 # --------------------------------------------------------------------------------------------------- choosing a token
 
 class Sampling(NamedTuple):
-    """temperature 0: the most likely token. top_k 0 and top_p 1: no limit."""
+    """temperature 0: the most likely token. top_k 0 and top_p 1: no limit.
+
+    epsilon None: a draft stays where it equals the base's own choice, so the output is plain decoding's. Else typical
+    acceptance (section 2.3.1), if temperature > 0: see `typical`; then what Medusa writes is not what sampling would.
+    """
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    epsilon: float | None = None
+    delta: float = 0.3
+
+    @property
+    def is_typical(self) -> bool:
+        return self.epsilon is not None and self.temperature > 0
 
 
 GREEDY = Sampling()
@@ -447,6 +506,16 @@ def choose(logits: Tensor, uniform: Tensor | None, sampling: Sampling) -> Tensor
     cdf = warp(logits, sampling).cumsum(-1)
     ids = torch.searchsorted(cdf, (uniform * cdf[..., -1])[..., None], right=True).squeeze(-1)
     return ids.clamp(max=logits.shape[-1] - 1)      # only ever needed when the logits are NaN
+
+
+def typical(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """What typical acceptance goes by, for logits [..., V]: most likely ids [...], log-probabilities [..., V] and the
+    least one that a draft may have [...]: min(epsilon, delta exp(-entropy)). Nothing is drawn (as in the official code).
+    """
+    log_probs = warp(logits, sampling).log()
+    entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)
+    least = (math.log(sampling.delta) - entropy).clamp(max=math.log(sampling.epsilon))
+    return most_likely(logits), log_probs, least
 
 
 def choice_margin(logits: Tensor, uniform: float, sampling: Sampling) -> float:
@@ -525,14 +594,26 @@ def accept(tree: Tree, ids: Tensor, logits: Tensor, state: State, sampling: Samp
     """The longest path whose every token is what the base chose at its parent → path [B, P], out [B, P], count [B].
 
     out[:count] are the new tokens: the choices at the path's nodes, the last one at its end. `count` also ends at the
-    row's limit and with the first end-of-text token. Siblings differ, so at most one node a depth survives.
+    row's limit and with the first end-of-text token. Siblings differ, so at most one node a depth survives; by
+    `typical` acceptance several may, and of the longest paths the most likely one is kept.
     """
-    uniform = None if sampling.temperature == 0 else state.uniform.gather(1, state.emitted[:, None] + tree.depth)
-    choice = choose(logits, uniform, sampling)                                                      # [B, N]
-    wrong = (ids != choice[:, tree.parent]).float() @ tree.on_path              # [B, N] mismatches on the way to a node
-    last = (tree.depth + 1 - len(tree.depth) * wrong).argmax(-1)                # [B] the deepest node without one
+    if sampling.is_typical:
+        choice, log_probs, least = typical(logits, sampling)                                        # [B, N], the root's
+        drafted = log_probs[:, tree.parent].gather(2, ids[..., None])[..., 0]                       # [B, N]
+        refused = drafted <= least[:, tree.parent]
+        # of the longest paths the most likely: below 1 for every path, since a log-probability is above -1e4
+        merit = 1 / (1 - drafted.clamp(min=-1e4).to(tree.on_path.dtype) @ tree.on_path)
+    else:
+        uniform = None if sampling.temperature == 0 else state.uniform.gather(1, state.emitted[:, None] + tree.depth)
+        choice, merit = choose(logits, uniform, sampling), 0                                        # [B, N]
+        refused = ids != choice[:, tree.parent]
+    wrong = refused.float() @ tree.on_path                                      # [B, N] refusals on the way to a node
+    last = (tree.depth + 1 + merit - len(tree.depth) * wrong).argmax(-1)        # [B] the deepest node without one
     path = tree.path[last]                                                                          # [B, P]
     out = choice.gather(1, path)                                                                    # [B, P]
+    if sampling.is_typical:                                                     # drafts, then the choice at the end
+        inner = torch.arange(out.shape[1] - 1, device=out.device) < tree.depth[last][:, None]
+        out = torch.cat((torch.where(inner, ids.gather(1, path[:, 1:]), out[:, :-1]), out[:, -1:]), 1)
     ends = ending(out, eos)
     place = torch.arange(1, out.shape[1] + 1, device=out.device)
     until = torch.where(ends, place, out.shape[1]).amin(1)                      # up to the first end-of-text token
@@ -637,9 +718,9 @@ def compile_step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: Sta
     graph = StepGraph(model, heads, tree, sampling, eos)
     if model.norm.device.type != "cpu":
         return torch.compile(graph, fullgraph=True, dynamic=False, mode="reduce-overhead")
-    if model.size() > LARGEST_COMPILED or model.lm_head.weight is None:
-        raise UserError("the step of a packed model, or of one above 1 GiB, is not compiled: its graph would hold the "
-                        "weights once more")
+    if model.size() > LARGEST_COMPILED or isinstance(model.lm_head, Int8Head) or model.lm_head.weight is None:
+        raise UserError("the step of a packed or quantised model, or of one above 1 GiB, is not compiled: its graph "
+                        "would hold the weights once more")
     path = Path(cache_dir()) / "tinymedusa" / f"{graph_key(graph, state)}.pt2"
     try:
         if not path.exists():
@@ -672,15 +753,18 @@ def window_of(slots: int, cache: Tensor) -> Tensor:
     return torch.arange(min(slots, cache.shape[2]), device=cache.device)
 
 
-def prefill(model: Llama, prompts: list, cache: Tensor, recent: int = 1) -> tuple[Tensor, Tensor]:
-    """Fills the cache with the prompts (chains of nodes), chunk by chunk → length [B], the last hidden [B, R, H]."""
+def prefill(model: Llama, prompts: list, cache: Tensor, recent: int = 1, kept: int = 0) -> tuple[Tensor, Tensor]:
+    """Fills the cache with the prompts (chains of nodes), chunk by chunk → length [B], the last hidden [B, R, H].
+
+    kept: so many slots hold the beginnings of the prompts already.
+    """
     device, longest = cache.device, max(map(len, prompts))
     ids = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)              # [B, T]
     total = torch.tensor([len(p) for p in prompts], device=device)
-    length = torch.zeros_like(total)
+    length = torch.full_like(total, kept)
     last = cache.new_zeros(len(prompts), recent, model.config.hidden_size)
     size = min(PREFILL_CHUNK, SMALL_CHUNK) if model.config.head_dim < SMALL_HEAD else PREFILL_CHUNK
-    for begin in range(0, longest, size):
+    for begin in range(kept, longest, size):
         chunk = ids[:, begin:begin + size]
         depth = torch.arange(chunk.shape[1], device=device)
         hidden = feed(model, chunk, depth, mask_table(depth[:, None] >= depth), cache, length,
@@ -690,18 +774,25 @@ def prefill(model: Llama, prompts: list, cache: Tensor, recent: int = 1) -> tupl
     return length, last
 
 
+def whole_cache(model: Llama, rows: int) -> Tensor:
+    """A cache for the whole context, whatever is decoded in it."""
+    return new_cache(model.config, rows, model.config.max_position_embeddings + PREFILL_CHUNK, like=model.norm)
+
+
 def start(model: Llama, prompts: list, max_new_tokens: int, tree: Tree, sampling: Sampling, eos: Tensor, seeds,
-          recent: int = 1, whole: bool = False) -> tuple[State, Tensor]:
+          recent: int = 1, whole: bool = False, past=None) -> tuple[State, Tensor]:
     """The stage `init`: prefill, then the first token, by the same accept and commit as every other one.
 
-    whole: sizes for the whole context, the same for every prompt, as a compiled step wants them.
+    whole: sizes for the whole context, the same for every prompt, as a compiled step wants them. past: see `generate`.
     """
     context, device = model.config.max_position_embeddings, model.norm.device
     longest, max_new_tokens = max(map(len, prompts)), min(max_new_tokens, context)
     nodes, path = tree.path.shape
     slots = min(longest + max_new_tokens, context) + max(nodes, min(longest, PREFILL_CHUNK))
-    cache = new_cache(model.config, len(prompts), context + PREFILL_CHUNK if whole else slots, like=model.norm)
-    length, last = prefill(model, prompts, cache, recent)
+    cache, kept = past or (whole_cache(model, len(prompts)) if whole else
+                           new_cache(model.config, len(prompts), slots, like=model.norm), 0)
+    # the newest hidden states are not kept, so their tokens are read once more
+    length, last = prefill(model, prompts, cache, recent, max(0, min(kept, min(map(len, prompts)) - recent)))
     remaining = torch.tensor([min(max_new_tokens, context - len(p)) for p in prompts], device=device)
     draws = 1 if sampling.temperature == 0 else (context if whole else max_new_tokens) + path
     root, token = Tree.root().to(device), torch.tensor([p[-1] for p in prompts], device=device)
@@ -714,35 +805,39 @@ def start(model: Llama, prompts: list, max_new_tokens: int, tree: Tree, sampling
     return reported(commit(state, hidden, chosen, out, count, eos), out, count)
 
 
-def check_prompts(prompts: list, context: int) -> None:
+def check_prompts(prompts: list, config: LlamaConfig) -> None:
     """UserError: an empty prompt, or one that leaves no room in the context."""
+    context = config.max_position_embeddings
     for prompt in prompts:
         if not prompt:
             raise UserError("the prompt is empty: give at least one token")
         if len(prompt) >= context:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the context holds {context}: shorten the prompt")
+            raise UserError(f"the prompt has {len(prompt)} tokens, the context holds {context}{config.why_no_longer}: "
+                            "shorten the prompt")
 
 
 @torch.inference_mode()
 def generate(model: Llama, prompts: list, max_new_tokens: int, *, heads: MedusaHeads | None = None,
              tree: Tree | None = None, sampling: Sampling = GREEDY, seeds=None, eos=None,
-             max_steps: int | None = None, run=call, compiled=None):
+             max_steps: int | None = None, run=call, compiled=None, past: tuple[Tensor, int] | None = None):
     """Yields, for the prefill and then for each step, B lists: the new ids of each row, as they come.
 
     A row ends with the first end-of-text token (`eos`, default the model's; it is yielded), at `max_new_tokens` or at
     the context's end; after `max_steps` steps all rows end. No heads or no tree: plain decoding. Row b's draws come
     from seeds[b] (default 0, 1, ...), so a row's tokens are the same alone and in any batch, with heads and without.
     compiled: None, or a dict that keeps compiled steps from call to call: decode with `compile_step`.
+    past: a `whole_cache` of an earlier call, and how many of its slots hold the beginnings of all prompts.
     Raises UserError: see `check_prompts`, `compile_step`.
     """
-    check_prompts(prompts, model.config.max_position_embeddings)
+    check_prompts(prompts, model.config)
     device = model.norm.device
     plain = heads is None or tree is None or len(tree.paths) == 1
     heads, tree = (None, Tree.root().to(device)) if plain else (heads, tree.to(device))
+    sampling = sampling._replace(epsilon=None) if plain else sampling
     eos = torch.tensor(model.config.eos_token_ids if eos is None else tuple(eos), dtype=torch.long, device=device)
     state, report = run("init", start, model, prompts, max_new_tokens, tree, sampling, eos,
                         range(len(prompts)) if seeds is None else seeds, 1 if plain else heads.recent,
-                        compiled is not None)
+                        compiled is not None, past)
     if compiled is not None:
         if device.type == "cuda":
             torch._dynamo.mark_static_address(state.cache)     # CUDA graphs write to it in place

@@ -107,3 +107,37 @@ def test_margin():
     assert choice_margin(half, 0.6, Sampling(1.0)) == pytest.approx(0.1)
     assert choice_margin(torch.zeros(3).double(), 0.5, Sampling(1.0, 1)) == 0.0  # a tie at the edge of the top-k
     assert choice_margin(half, 0.2, Sampling(1.0, 0, 0.52)) == pytest.approx(0.02)
+
+
+def slow_typical(ids, probs, epsilon, delta):
+    """Section 2.3.1 a path at a time: the longest whose every token is likely enough, the likeliest of these."""
+    best = ((0, 0.0), [0], [])
+    for node, path in enumerate(TREE.paths):
+        nodes = [TREE.paths.index(path[:d]) for d in range(len(path) + 1)]
+        likely = [probs[a][ids[b]] for a, b in zip(nodes, nodes[1:], strict=False)]
+        least = [min(epsilon, delta * math.exp(sum(p * math.log(p) for p in probs[a] if p))) for a in nodes[:-1]]
+        if all(p > t for p, t in zip(likely, least, strict=True)):
+            best = max(best, ((len(path), sum(map(math.log, likely))), nodes, [ids[n] for n in nodes[1:]]), key=lambda b: b[0])
+    end = best[1][-1]
+    return best[1], best[2] + [max(range(10), key=lambda t: probs[end][t])]
+
+
+def test_typical_acceptance_equals_its_slow_definition():
+    generator, lengths = torch.Generator().manual_seed(0), []
+    for trial in range(300):
+        temperature, epsilon, delta = ((0.7, 0.09, 0.3), (1.0, 0.3, 0.6), (0.3, 0.02, 0.1))[trial % 3]
+        logits = 2 * torch.randn(1, 6, 10, dtype=torch.float64, generator=generator)
+        ids = torch.randperm(10, generator=generator)[None, :6]
+        sampling = Sampling(temperature, epsilon=epsilon, delta=delta)
+        path, out, count = accept(TREE, ids, logits, state(), sampling, NONE)
+        nodes, tokens = slow_typical(ids[0].tolist(), (logits[0] / temperature).softmax(-1).tolist(), epsilon, delta)
+        assert (path[0, :count].tolist(), out[0, :count].tolist()) == (nodes, tokens)
+        lengths.append(len(tokens))
+    assert {1, 2, 3, 4} <= set(lengths)
+
+
+def test_typical_acceptance_at_temperature_0_is_match():
+    ids, choices = [3, 4, 5, 6, 7, 8], [4, 6, 0, 8, 0, 1]
+    args = torch.tensor([ids]), logits_choosing(*choices), state()
+    for a, b in zip(accept(TREE, *args, GREEDY, NONE), accept(TREE, *args, Sampling(epsilon=0.09), NONE), strict=True):
+        assert torch.equal(a, b)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import MODEL
 
-from llama import Llama, LlamaConfig, Tokenizer, mask_table, new_cache, read_json, visible, write_json
+from llama import Llama, LlamaConfig, Tokenizer, UserError, mask_table, new_cache, read_json, visible, write_json
 from tinymedusa import generate
 
 transformers = pytest.importorskip("transformers", reason="development requirement; test_golden.py runs without it")
@@ -19,6 +19,22 @@ CONFIGS = {
     "biases": TINY | {"attention_bias": True, "mlp_bias": True},
     "head_dim": TINY | {"head_dim": 16, "num_key_value_heads": 4},
     "rope_theta": TINY | {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}},
+    "linear": TINY | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}},
+    # wavelengths on both sides of the range that Llama 3 leaves alone, and inside it
+    "llama3": TINY | {"head_dim": 32, "rope_parameters": {
+        "rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}},
+    "dynamic": TINY | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0}},
+    # the shapes of families, narrower: what their configs set is as published
+    "TinyLlama-1.1B": TINY | {"hidden_size": 128, "num_attention_heads": 16, "num_key_value_heads": 2,
+                              "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
+    "Llama-2": TINY | {"rms_norm_eps": 1e-5, "pretraining_tp": 1, "num_key_value_heads": 8},
+    "Llama-3.2": TINY | {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+                         "eos_token_id": [300, 301], "bos_token_id": 299, "rope_parameters": {
+                             "rope_theta": 500000.0, "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}},
+    "SmolLM": TINY | {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "rms_norm_eps": 1e-5,
+                      "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0},
 }
 
 
@@ -54,6 +70,40 @@ def test_logits(name, tmp_path):
     difference = compare(twin, ours, torch.randint(3, CONFIGS[name]["vocab_size"], (2, 53)))
     print(f"{name}: largest difference {difference:.2e}")
     assert difference <= 1e-4
+
+
+def test_the_old_spelling_of_rope_scaling(tmp_path):
+    """As Llama 3.1's own config.json has it: rope_theta beside rope_scaling."""
+    twin = hf_twin(tmp_path, **CONFIGS["llama3"])
+    config = read_json(tmp_path / "config.json")
+    rope = config.pop("rope_parameters")
+    theta = rope.pop("rope_theta")
+    write_json(tmp_path / "config.json", config | {"rope_theta": theta, "rope_scaling": rope})
+    assert compare(twin, Llama.from_pretrained(tmp_path), torch.randint(3, 320, (2, 53))) <= 1e-4
+
+
+def test_mistral_up_to_its_sliding_window(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**TINY | {"num_key_value_heads": 2, "sliding_window": 64})
+    twin = transformers.MistralForCausalLM(config).eval()
+    for p in twin.parameters():
+        p.data.normal_(0, 0.3) if p.dim() == 2 else p.data.uniform_(-1.5, 1.5)
+    twin.save_pretrained(tmp_path)
+    ours = Llama.from_pretrained(tmp_path)
+    assert ours.config.max_position_embeddings == 64
+    assert compare(twin, ours, torch.randint(3, 320, (2, 63))) <= 1e-4
+    with pytest.raises(UserError, match="the context holds 64 .*sliding window"):
+        next(generate(ours, [[1] * 64], 5))
+    write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"sliding_window": None})
+    assert Llama.from_pretrained(tmp_path).config.max_position_embeddings == 256
+
+
+def test_dynamic_ends_with_the_original_length(tmp_path):
+    hf_twin(tmp_path, **CONFIGS["dynamic"])
+    ours = Llama.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="the context holds 256 .*'dynamic' would change the keys"):
+        next(generate(ours, [[1] * 256], 5))
+    assert sum(len(new[0]) for new in generate(ours, [[1] * 200], 100, eos=())) == 56
 
 
 def test_sharded(tmp_path):
@@ -100,7 +150,7 @@ def test_config_defaults_are_those_of_hf():
     old = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
     ours, theirs = LlamaConfig.from_dict(old), transformers.LlamaConfig(**old)
     for field in LlamaConfig.__dataclass_fields__:
-        if field not in ("dtype", "rope_theta"):
+        if field not in ("dtype", "rope_theta", "rope_scaling", "sliding_window"):
             assert getattr(ours, field) == getattr(theirs, field), field
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.dtype == "float32"
     rope = {"rope_type": "default", "rope_theta": 5e5}

@@ -1,0 +1,272 @@
+"""Folders laid out as the published checkpoints are: every tensor lands, and the text is that of our own format."""
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT, tiny_heads, tiny_llama
+from safetensors.torch import load_file, save_file
+
+import generate
+import llama
+from llama import Llama, UserError, read_json, write_json
+from tinymedusa import MedusaHeads, base_of
+
+SMALL = ROOT / "tests" / "small.model"
+PROMPT = [1, 40, 300, 77]
+
+
+def model_of(vocab_size=700, **over) -> Llama:
+    return tiny_llama(dtype=torch.float32, vocab_size=vocab_size, max_position_embeddings=200, **over)
+
+
+def rounded(model, dtype):
+    """The model after its weights went through a file of this dtype."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.to(dtype))
+    return model
+
+
+def hf_tensors(folder, dtype=torch.float32) -> dict:
+    return {name: t.to(dtype) for name, t in load_file(folder / "model.safetensors").items()}
+
+
+def as_bin(folder, dtype=torch.float32, shards=1, extra=None) -> None:
+    """Replaces model.safetensors by pickles, as old repositories have them."""
+    tensors = hf_tensors(folder, dtype) | (extra or {})
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        return torch.save(tensors, folder / "pytorch_model.bin")
+    names, weight_map = sorted(tensors), {}
+    for i in range(shards):
+        file = f"pytorch_model-{i + 1:05}-of-{shards:05}.bin"
+        part = {name: tensors[name] for name in names[i::shards]}
+        torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    write_json(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def official(heads: MedusaHeads, dtype=torch.float32, prefix="") -> dict:
+    return {prefix + name: t.detach().to(dtype).clone() for name, t in heads.names().items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def text(cli, *args):
+    status, out, err = cli("generate", "--prompt", "Once upon a time", "--max-new-tokens", 12, "--json", *args)
+    assert status == 0, err
+    return json.loads(out), err
+
+
+def small_repository(folder, **over) -> Llama:
+    model = model_of(**over)
+    model.save(folder)
+    shutil.copy(SMALL, folder / "tokenizer.model")
+    return model
+
+
+def test_tinyllama_v0(tmp_path, monkeypatch):
+    """An old config that leaves out what is the default, bfloat16 weights, also as a pickle, some rows at a time."""
+    monkeypatch.setattr(llama, "READ_AT_ONCE", 1000)
+    model = rounded(small_repository(tmp_path, num_key_value_heads=4), torch.bfloat16)
+    model.save(tmp_path, torch.bfloat16)
+    config = read_json(tmp_path / "config.json")
+    for key in ("num_key_value_heads", "rope_theta", "rope_scaling", "head_dim", "dtype", "attention_bias", "mlp_bias"):
+        config.pop(key)
+    write_json(tmp_path / "config.json", config | {"pad_token_id": 0})
+    assert same(Llama.from_pretrained(tmp_path).tensors(), model.tensors())
+    as_bin(tmp_path, torch.bfloat16)
+    assert same(Llama.from_pretrained(tmp_path).tensors(), model.tensors())
+
+
+def test_tiny_vicuna(tmp_path, cli):
+    """float32 safetensors and a pickle beside them, grouped keys, only tokenizer.model; a chat model by its name."""
+    model = small_repository(tmp_path / "Tiny-Vicuna-1B")
+    folder = tmp_path / "Tiny-Vicuna-1B"
+    torch.save({"rubbish": torch.zeros(1)}, folder / "pytorch_model.bin")          # safetensors are preferred
+    assert same(Llama.from_pretrained(folder).tensors(), model.tensors())
+    result, _ = text(cli, "--model", folder)
+    asked = generate.question(0, "Once upon a time")
+    assert result["prompt_tokens"] == len(llama.Tokenizer(folder, model.config).encode(asked))
+
+
+def test_vicuna_7b(tmp_path):
+    """float16 pickles in shards, with the rotary frequencies that old transformers stored."""
+    model = rounded(small_repository(tmp_path), torch.float16)
+    as_bin(tmp_path, torch.float16, shards=2, extra={
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)})
+    assert same(Llama.from_pretrained(tmp_path).tensors(), model.tensors())
+    for file in tmp_path.glob("*-00002-*"):
+        file.unlink()
+    with pytest.raises(UserError, match="has no pytorch_model-00002-of-00002.bin"):
+        Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("where", ["medusa_lm_head.pt", "medusa_lm_head.safetensors"])
+def test_heads_of_version_0_1(layers, where, tmp_path, cli, monkeypatch):
+    """A pickle of five bfloat16 heads beside a config that names the base and says 2; and heads without matrices."""
+    monkeypatch.chdir(tmp_path)
+    model = small_repository(tmp_path / "lmsys" / "vicuna-7b-v1.3")
+    tied = where.endswith(".safetensors")
+    heads = tiny_heads(model, 5, num_layers=layers, tie_lm_head=tied)
+    with torch.no_grad():
+        for p in heads.parameters():
+            p.copy_(p.bfloat16())
+    heads.save(tmp_path / "own", "vicuna")
+    published = tmp_path / "medusa-vicuna-7b-v1.3"
+    write_json(published / "config.json", {
+        "base_model_name_or_path": "lmsys/vicuna-7b-v1.3", "medusa_num_heads": 2, "medusa_num_layers": layers,
+        "transformers_version": "4.34.0"} | ({"version": "2"} if tied else {}))
+    state = official(heads, torch.bfloat16)
+    (save_file if tied else torch.save)(state, published / where)
+    read = MedusaHeads.from_pretrained(published, model)
+    assert same(read.names(), heads.names()) and read.num_heads == 5 and read.tie_lm_head == tied
+    assert base_of(published) == "lmsys/vicuna-7b-v1.3" and base_of(tmp_path / "lmsys" / "vicuna-7b-v1.3") is None
+    own, _ = text(cli, "--model", "lmsys/vicuna-7b-v1.3", "--heads", "own")
+    for args in (["--model", "lmsys/vicuna-7b-v1.3", "--heads", published], ["--model", published]):
+        result, err = text(cli, *args)
+        assert result["token_ids"] == own["token_ids"] and result["steps"] == own["steps"]
+        assert "config.json says 2 heads, the file holds 5: all are used" in err
+
+
+def test_a_model_of_version_1_0_with_its_heads_inside(tmp_path, cli):
+    """float16 pickles in shards; heads under medusa_head.; as --model, and as --heads of the same base."""
+    folder = tmp_path / "medusa-1.0-vicuna-7b-v1.5"
+    model = rounded(small_repository(folder), torch.float16)
+    heads = tiny_heads(model, 5)
+    with torch.no_grad():
+        for p in heads.parameters():
+            p.copy_(p.half())
+    model.save(tmp_path / "plain")
+    shutil.copy(SMALL, tmp_path / "plain" / "tokenizer.model")
+    heads.save(tmp_path / "plain" / "medusa", "plain")
+    as_bin(folder, torch.float16, shards=3, extra=official(heads, torch.float16, "medusa_head."))
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"medusa_num_heads": 5, "medusa_num_layers": 1})
+    write_json(folder / "added_tokens.json", {"<pad>": 0})
+    assert same(Llama.from_pretrained(folder).tensors(), model.tensors())
+    assert same(MedusaHeads.from_pretrained(folder, model).names(), heads.names())
+    own, _ = text(cli, "--model", tmp_path / "plain", "--template", "vicuna")
+    for args in (["--model", folder], ["--model", folder, "--heads", folder],
+                 ["--model", tmp_path / "plain", "--heads", folder, "--template", "vicuna"]):
+        result, err = text(cli, *args)
+        assert result["token_ids"] == own["token_ids"] and result["steps"] == own["steps"] and err == ""
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda t, c: t.update({"0.0.weight_extra": torch.zeros(1)}), "unexpected: 0.0.weight_extra"),
+    (lambda t, c: t.pop("1.0.linear.bias"), "missing: 1.0.linear.bias"),
+    (lambda t, c: t.pop("2.1.weight"), "missing: 2.1.weight"),
+    (lambda t, c: c.update(medusa_num_heads=6), "medusa_num_heads 6, the tensors tell 5"),
+    (lambda t, c: c.update(medusa_num_layers=2), "medusa_num_layers 2, the tensors tell 1"),
+    (lambda t, c: c.update(tie_lm_head=True), "tie_lm_head True, the tensors tell False"),
+    (lambda t, c: t.clear(), "no Medusa heads among its tensors"),
+    (lambda t, c: t.update({"0.0.linear.weight": torch.zeros(8, 8)}), r"has shape \[8, 8\], expected \[32, 32\]"),
+    (lambda t, c: t.update({"x": 3}), "is not a dictionary of tensors"),
+])
+def test_what_is_not_understood_is_named(change, says, tmp_path):
+    model = model_of()
+    state = official(tiny_heads(model, 5))
+    config = {"base_model_name_or_path": "x/y", "medusa_num_heads": 2, "medusa_num_layers": 1}
+    change(state, config)
+    write_json(tmp_path / "config.json", config)
+    torch.save(state, tmp_path / "medusa_lm_head.pt")
+    with pytest.raises(UserError, match=says):
+        MedusaHeads.from_pretrained(tmp_path, model)
+
+
+def test_plain_heads_of_ours_load_in_the_official_code(tmp_path):
+    """The official module, written from its description: ResBlock layers, then a vocabulary matrix."""
+    class ResBlock(torch.nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.linear = torch.nn.Linear(size, size)
+
+        def forward(self, x):
+            return x + torch.nn.functional.silu(self.linear(x))
+    model = model_of()
+    heads = tiny_heads(model, 3)
+    heads.save(tmp_path, "tiny")
+    theirs = torch.nn.ModuleList(torch.nn.Sequential(ResBlock(32), torch.nn.Linear(32, 700, bias=False))
+                                 for _ in range(3))
+    theirs.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    hidden = torch.randn(5, 32)
+    assert torch.allclose(torch.stack([head(hidden) for head in theirs]),
+                          heads(hidden[:, None], torch.zeros(5, 0, dtype=torch.long), 0, 3), atol=1e-5)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of folders: hub/<owner>/<name>; a file that is not there is missing on it, too."""
+    import huggingface_hub
+    from huggingface_hub import errors
+    fetched = []
+
+    def download(repo, filename, revision=None, repo_type="model"):
+        if not (path := tmp_path / "hub" / repo / filename).is_file():
+            raise errors.EntryNotFoundError(f"404 {filename}")
+        fetched.append((repo, filename))
+        return str(path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return tmp_path / "hub", fetched
+
+
+def test_the_systems_of_the_original_by_their_hub_ids(hub, cli, tmp_path):
+    """Every id of the original and of the published heads, as --model and as --heads: the same text, fewer steps."""
+    root, fetched = hub
+    base = rounded(small_repository(root / "lmsys/vicuna-7b-v1.5"), torch.float16)
+    heads = tiny_heads(base, 5, noise=0.01)
+    with torch.no_grad():
+        for p in heads.parameters():
+            p.copy_(p.half())
+    for size in ("7b", "13b", "33b"):
+        model = small_repository(root / f"lmsys/vicuna-{size}-v1.3")
+        beside = root / f"FasterDecoding/medusa-vicuna-{size}-v1.3"
+        write_json(beside / "config.json", {
+            "base_model_name_or_path": f"lmsys/vicuna-{size}-v1.3", "medusa_num_heads": 2, "medusa_num_layers": 1})
+        torch.save(official(tiny_heads(model, 5, noise=0.01), torch.bfloat16), beside / "medusa_lm_head.pt")
+    inside = root / "FasterDecoding/medusa-1.0-vicuna-7b-v1.5"
+    base.save(inside)
+    shutil.copy(SMALL, inside / "tokenizer.model")
+    as_bin(inside, torch.float16, shards=2, extra=official(heads, torch.float16, "medusa_head."))
+    config = read_json(inside / "config.json")
+    write_json(inside / "config.json", config | {"medusa_num_heads": 5, "medusa_num_layers": 1})
+    as_bin(root / "lmsys/vicuna-7b-v1.5", torch.float16, shards=2)
+    small_repository(root / "Jiayi-Pan/Tiny-Vicuna-1B")
+    small_repository(root / "Maykeye/TinyLLama-v0")
+    for model, others in (("lmsys/vicuna-7b-v1.5", "FasterDecoding/medusa-1.0-vicuna-7b-v1.5"),
+                          *((f"lmsys/vicuna-{s}-v1.3", f"FasterDecoding/medusa-vicuna-{s}-v1.3")
+                            for s in ("7b", "13b", "33b")),
+                          ("Jiayi-Pan/Tiny-Vicuna-1B", None), ("Maykeye/TinyLLama-v0", None)):
+        plain, err = text(cli, "--model", model)
+        assert plain["tokens_per_step"] in (1, None) and err == ""
+        chat = "vicuna" in model.lower()
+        assert (plain["prompt_tokens"] > 60) == chat                             # a story model gets no template
+        for args in ([["--model", others], ["--model", model, "--heads", others]] if others else []):
+            result, err = text(cli, *args)
+            assert result["token_ids"] == plain["token_ids"] and "tree" in result
+    assert ("FasterDecoding/medusa-vicuna-33b-v1.3", "medusa_lm_head.pt") in fetched
+    assert ("Maykeye/TinyLLama-v0", "tokenizer.model") in fetched
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("this code must never run",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
+    small_repository(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for write in (lambda p: torch.save({"a": Malicious()}, p), lambda p: p.write_bytes(pickle.dumps(Malicious()))):
+        write(tmp_path / "pytorch_model.bin")
+        with pytest.raises(UserError, match="can't read .*pytorch_model.bin"):
+            Llama.from_pretrained(tmp_path)
+    assert "must never run" not in capsys.readouterr().out
+    write_json(tmp_path / "pytorch_model.bin.index.json", {"weight_map": {"a": "../evil.bin"}})
+    with pytest.raises(UserError, match="a shard must lie beside its index"):
+        Llama.from_pretrained(tmp_path)
