@@ -388,8 +388,8 @@ class Int8(NamedTuple):
         return cls(values, scale)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [T, I] → [T, O]. A few rows on a CPU have a kernel of torch's, more pay for unpacking the matrix."""
-        if len(x) <= 16 and x.device.type == "cpu":
+        """x [T, I] → [T, O]. A few rows on a CPU have a kernel of torch's, more are faster by unpacking the matrix."""
+        if x.device.type == "cpu" and len(x) <= (16 if x.dtype == torch.bfloat16 else 1):
             y = torch._weight_int8pack_mm(x.contiguous(), self.values, self.scale)
         else:
             y = (x @ self.values.to(x.dtype).t()) * self.scale
@@ -496,10 +496,12 @@ class Layer(nn.Module):
 
 
     def let_go(self, layout, weights=None) -> list:
-        """`weights` with layout(matrix [in, out]) in place of each matrix; this layer holds them no longer."""
-        kept = [layout(w) if w is not None and w.dim() == 2 else w for w in weights or self.weights()]
-        self.qkv_proj = self.o_proj = self.gate_up_proj = self.down_proj = None
-        return kept
+        """`weights` with layout(matrix [in, out]) in place of each matrix, one after the other; the layer's own go."""
+        weights = list(weights or self.weights())
+        for i, name in ((1, "qkv_proj"), (3, "o_proj"), (6, "gate_up_proj"), (8, "down_proj")):
+            setattr(self, name, None)
+            weights[i] = layout(weights[i])
+        return weights
 
 
 HEADS_INSIDE = "medusa_head."   # how the names begin of heads that stand in the model's own file, as Medusa 1.0 writes
@@ -637,6 +639,9 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         model.set_buffers(at_least_float32(dtype), device)
+        read_tensors(found, model.tensors(only=-1), what)
+        if int8:
+            model.lm_head = Int8Head(model.lm_head.weight)
         for number, layer in enumerate(model.layers):
             tensors = model.tensors(only=number)
             read_tensors(found, tensors, what)
@@ -645,9 +650,6 @@ class Llama(nn.Module):
                     tensor.copy_(interleaved(tensor, config.head_dim))
             if int8:
                 model.weights = [*(model.weights or ()), layer.let_go(lambda matrix: Int8.of(matrix.t()))]
-        read_tensors(found, model.tensors(only=-1), what)
-        if int8:
-            model.lm_head = Int8Head(model.lm_head.weight)
         return model.eval()
 
     def save(self, folder, dtype: torch.dtype | None = None) -> None:

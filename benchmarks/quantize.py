@@ -4,7 +4,7 @@
     python benchmarks/quantize.py FOLDER --valid FILE --dtypes bfloat16 --threads 2
 
 Rows take turns at each opening (median tokens/s); a padded model (pad_model.py) has the embedded model's text. Peak
-memory is that of a process which only loads the model.
+memory is what loading the model adds to a process that has loaded model/ already (Linux).
 """
 import argparse
 import statistics
@@ -24,10 +24,11 @@ from llama import DTYPES, Llama, Tokenizer, command_line  # noqa: E402
 from prepare_data import texts  # noqa: E402
 from tinymedusa import MedusaHeads, generate, load_tree  # noqa: E402
 
-LOAD = """import resource, sys
+LOAD = """import sys
 sys.path.insert(0, sys.argv[1])
 from llama import DTYPES, Llama
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+Llama.from_pretrained(sys.argv[1] + "/model")       # what code and libraries take
 before = peak()
 model = Llama.from_pretrained(sys.argv[2], dtype=DTYPES[sys.argv[3]], int8=sys.argv[4] == "int8")
 print((peak() - before) * 1024)"""
