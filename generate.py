@@ -195,7 +195,8 @@ class Chat:
     behind an end of text begins a new one.
     """
     def __init__(self, model: Llama, tokenizer: Tokenizer, heads, tree, chat: bool, args):
-        self.model, self.tokenizer, self.heads, self.tree, self.chat, self.args = model, tokenizer, heads, tree, chat, args
+        self.model, self.tokenizer, self.heads, self.tree = model, tokenizer, heads, tree
+        self.chat, self.args = chat, args
         self.rounds, self.system, self.answers = [], args.system or SYSTEM, 0
         self.cache, self.cached = whole_cache(model, 1), []     # and the ids whose keys and values it holds
 
@@ -426,7 +427,8 @@ def report(result: dict, heads, args) -> str:
         lines.append(f"tree: {result['tree']}")
     if baseline:
         where = result["first_difference"]
-        same = "yes" if result["identical"] else f"NO, they part at {where}" if where else "no, as acceptance is typical"
+        parts = f"NO, they part at {where}" if where else "no, as acceptance is typical"
+        same = "yes" if result["identical"] else parts
         lines.append(f"identical: {same}   speed-up: {result['speedup']:.2f}x")
     for title, r in (("plain", baseline), (name, result)):
         if r and r["stages"]:
@@ -475,8 +477,8 @@ def arguments(argv=None):
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=256)
     parser.add_argument("--max-steps", type=number(int, 1), help="end after so many decoding steps, plain or Medusa")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: always the most likely token")
-    parser.add_argument("--acceptance", choices=["match", "typical"], default="match", help="match: the tokens of plain "
-                        "decoding; typical: the paper's, whose text is not what sampling at this temperature writes")
+    parser.add_argument("--acceptance", choices=["match", "typical"], default="match", help="match: plain decoding's "
+                        "tokens; typical: the paper's rule, whose text is not what sampling at this temperature writes")
     parser.add_argument("--epsilon", type=number(float, 1e-9, 1), default=0.09, help="of typical acceptance")
     parser.add_argument("--delta", type=number(float, 1e-9, 1e9), default=0.3, help="of typical acceptance")
     parser.add_argument("--top-k", type=number(int, 0), default=0, help="0: no limit")

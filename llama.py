@@ -827,8 +827,8 @@ def write_tensors(path, tensors: dict) -> None:
 # -------------------------------------------------------------------------------------------------------- tokenizer
 
 class Tokenizer:
-    """`tokenizer.json`, else SentencePiece's `tokenizer.model`, through the `tokenizers` library, with Llama's rule that
-    a text starts with bos."""
+    """`tokenizer.json`, else SentencePiece's `tokenizer.model`, through the `tokenizers` library; Llama's texts start
+    with bos."""
 
     def __init__(self, name_or_path, config: LlamaConfig, revision=None):
         from tokenizers import Tokenizer as Backend

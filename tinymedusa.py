@@ -510,7 +510,7 @@ def choose(logits: Tensor, uniform: Tensor | None, sampling: Sampling) -> Tensor
 
 def typical(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
     """What typical acceptance goes by, for logits [..., V]: most likely ids [...], log-probabilities [..., V] and the
-    least one that a draft may have [...]: min(epsilon, delta exp(-entropy)). Nothing is drawn (as in the official code).
+    least one that a draft may have [...]: min(epsilon, delta exp(-entropy)). Nothing is drawn, as in the official code.
     """
     log_probs = warp(logits, sampling).log()
     entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum(-1)

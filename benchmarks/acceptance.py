@@ -81,8 +81,8 @@ def main():
             outputs = [new for new, _, _ in medusa]
             per_step = sum(len(new) - 1 for new in outputs) / sum(steps for _, steps, _ in medusa)
             likely = statistics.mean(log_likelihood(model, ids, new) for ids, new in zip(prompts, outputs, strict=True))
-            print(f"| {temperature} | {rule} | {per_step:.3f} | {speed(medusa):.0f} | {speed(plain):.0f} | {ratio:.2f} | "
-                  f"{likely:.3f} | {distinct(outputs):.3f} |", flush=True)
+            print(f"| {temperature} | {rule} | {per_step:.3f} | {speed(medusa):.0f} | {speed(plain):.0f} | "
+                  f"{ratio:.2f} | {likely:.3f} | {distinct(outputs):.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Is a `tokenizer.model` read as the sentencepiece library reads it? The same ids, and the same text back.
 
-    python benchmarks/tokenizer.py FOLDER/tokenizer.model FILE ...     # stories, .jsonl, any text; random Unicode as well
+    python benchmarks/tokenizer.py FOLDER/tokenizer.model FILE ...     # any texts; random Unicode as well
 
 Each document of a file (between lines of <|endoftext|>, else the whole file's lines and the file itself) is encoded and
 decoded by both.
@@ -18,10 +18,10 @@ sys.path.insert(0, str(ROOT))
 from formats import sentencepiece as ours  # noqa: E402
 from llama import UserError, command_line  # noqa: E402
 
-HARD = ["", " ", "   ", "a", " a", "a ", "  two  spaces   and more ", "tab\tand\nnew\r\nline\n\n", "▁", "a▁b ▁ c▁ ", "<s>",
-        "</s>", "<unk>", "<pad>", "<0x41>", "a<s>b</s>", "</s>USER: hi ASSISTANT:", "naïve café 你好 🦊🦊", "\ufeffbom",
-        "\u00a0\u2003\u3000x", "ﬁﬀ Å Ａ①㍿ e\u0301", "\x00\x01\x7f", "¡", "\U0010ffff", "👩‍👩‍👧‍👦 flags 🇩🇪",
-        "\u0e33\u0c4d", "ab" * 300]
+HARD = ["", " ", "   ", "a", " a", "a ", "  two  spaces   and more ", "tab\tand\nnew\r\nline\n\n", "▁", "a▁b ▁ c▁ ",
+        "<s>", "</s>", "<unk>", "<pad>", "<0x41>", "a<s>b</s>", "</s>USER: hi ASSISTANT:", "naïve café 你好 🦊🦊",
+        "\ufeffbom", "\u00a0\u2003\u3000x", "ﬁﬀ Å Ａ①㍿ e\u0301", "\x00\x01\x7f", "¡", "\U0010ffff",
+        "👩‍👩‍👧‍👦 flags 🇩🇪", "\u0e33\u0c4d", "ab" * 300]
 
 
 def random_texts(words: list[str], count: int, seed=0) -> list[str]:

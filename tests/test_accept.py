@@ -112,12 +112,13 @@ def test_margin():
 def slow_typical(ids, probs, epsilon, delta):
     """Section 2.3.1 a path at a time: the longest whose every token is likely enough, the likeliest of these."""
     best = ((0, 0.0), [0], [])
-    for node, path in enumerate(TREE.paths):
+    for path in TREE.paths:
         nodes = [TREE.paths.index(path[:d]) for d in range(len(path) + 1)]
         likely = [probs[a][ids[b]] for a, b in zip(nodes, nodes[1:], strict=False)]
         least = [min(epsilon, delta * math.exp(sum(p * math.log(p) for p in probs[a] if p))) for a in nodes[:-1]]
         if all(p > t for p, t in zip(likely, least, strict=True)):
-            best = max(best, ((len(path), sum(map(math.log, likely))), nodes, [ids[n] for n in nodes[1:]]), key=lambda b: b[0])
+            merit = len(path), sum(map(math.log, likely))
+            best = max(best, (merit, nodes, [ids[n] for n in nodes[1:]]), key=lambda one: one[0])
     end = best[1][-1]
     return best[1], best[2] + [max(range(10), key=lambda t: probs[end][t])]
 

@@ -74,7 +74,7 @@ CASES = {
     "activation": (config(hidden_act="gelu"), [], ["hidden_act is 'gelu', only 'silu'"]),
     "rope scaling": (config(rope_scaling={"type": "yarn", "factor": 2}), [], ["rope_scaling is 'yarn'"]),
     "rope parameters": (config(rope_parameters={"rope_type": "longrope"}), [], ["rope_parameters is 'longrope', only"]),
-    "rope factor": (config(rope_scaling={"type": "linear"}), [], ["rope_scaling has factor None, it must be a positive"]),
+    "rope factor": (config(rope_scaling={"type": "linear"}), [], ["rope_scaling has factor None, it must be"]),
     "rope of llama 3": (config(rope_scaling={"rope_type": "llama3", "factor": 8, "low_freq_factor": "x"}), [],
                         ["rope_scaling has low_freq_factor 'x'"]),
     "sliding window": (config(model_type="mistral", sliding_window=0), [], ["sliding_window is 0"]),

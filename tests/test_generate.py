@@ -31,7 +31,7 @@ def naive(model, prompt, new_tokens, sampling, seed, eos):
         if sampling.temperature == 0:
             token = max(range(len(logits)), key=lambda i: logits[i])
         else:
-            probs = slow_warp(logits, *sampling)
+            probs = slow_warp(logits, *sampling[:3])
             target, total = draws[len(text) - len(prompt)] * sum(probs), 0.0
             for token, p in enumerate(probs):                                   # noqa: B007
                 total += p

@@ -17,7 +17,7 @@ def exact(model, prompt, sampling) -> torch.Tensor:
     for n in range(3):
         for prefix in itertools.product(range(V), repeat=n):
             logits = model.lm_head(model(torch.tensor([[*prompt, *prefix]]))[0, -1]).tolist()
-            p = torch.tensor(slow_warp(logits, *sampling), dtype=torch.float64)
+            p = torch.tensor(slow_warp(logits, *sampling[:3]), dtype=torch.float64)
             probability[prefix] *= (p / p.sum()).view(-1, *[1] * (2 - n))
     return probability.flatten()
 
