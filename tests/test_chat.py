@@ -36,7 +36,7 @@ class Terminal:
             env=os.environ | {"TERM": "dumb", "NO_COLOR": ""} | (env or {}))
         os.close(slave)
 
-    def until(self, text: str, seconds=60, last=True) -> str:
+    def until(self, text: str, seconds=120, last=True) -> str:
         """What is printed up to this text, behind which nothing more comes for a while; or up to its first sight."""
         read, end = "", time.monotonic() + seconds
         while not (read.endswith(text) and not select.select([self.master], [], [], 0.3)[0] if last else text in read):
