@@ -6,6 +6,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from conftest import MODEL, ROOT, tiny_llama
 
 import generate
 from llama import Llama, Tokenizer, write_json
-from tinymedusa import load_tree
+from tinymedusa import GREEDY, Tree, load_tree, prefill, start, whole_cache
 
 PLAIN, CHAT = "> ", "USER: "
 
@@ -32,9 +33,14 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, ROOT / "generate.py", "--interactive", "--threads", "1", *map(str, args)], stdin=slave,
             stdout=slave, stderr=slave, close_fds=True, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),                   # Ctrl-C reaches it
+            preexec_fn=self.own_terminal,
             env=os.environ | {"TERM": "dumb", "NO_COLOR": ""} | (env or {}))
         os.close(slave)
+
+    @staticmethod
+    def own_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)                                     # so that Ctrl-C reaches it,
+        signal.signal(signal.SIGINT, signal.SIG_DFL)                             # though these tests may ignore it
 
     def until(self, text: str, seconds=120, last=True) -> str:
         """What is printed up to this text, behind which nothing more comes for a while; or up to its first sight."""
@@ -265,9 +271,24 @@ def test_only_the_new_turn_is_read(talk, capsys):
     assert client.cached == again + result["token_ids"][:-1]
 
 
+@pytest.mark.parametrize("recent", [1, 3])
+def test_kept_slots_change_nothing(recent):
+    """Whatever is kept of a prompt, the state to decode from is that of a fresh prefill."""
+    model, prompt = tiny_llama(), [1, 5, 9, 3, 7, 4, 8, 11, 6]
+    args = [prompt], 5, Tree.root(), GREEDY, torch.tensor([2]), [0], recent
+    with torch.inference_mode():
+        fresh, _ = start(model, *args)
+        for kept in range(len(prompt) + 1):
+            cache = whole_cache(model, 1)
+            prefill(model, [prompt[:kept] + [10] * 9], cache)                    # more is in it than may be used
+            state, _ = start(model, *args, past=(cache, kept))
+            assert torch.equal(state.token, fresh.token) and torch.equal(state.length, fresh.length)
+            assert torch.allclose(state.recent, fresh.recent, atol=1e-12)
+            assert torch.allclose(cache[:, :, :9], fresh.cache[:, :, :9], atol=1e-12)
+
+
 def test_the_cache_holds_what_it_is_believed_to(talk, capsys):
     """After any turns, taken back and interrupted ones too, the kept slots equal a fresh prefill's."""
-    from tinymedusa import prefill, whole_cache
     client, _ = talk()
 
     def check():
@@ -282,6 +303,7 @@ def test_the_cache_holds_what_it_is_believed_to(talk, capsys):
     client.rounds.pop()
     client.answer(" another")
     check()
+    client.rounds.pop()                                                          # so that slots are written anew
     with pytest.raises(KeyboardInterrupt):
         with pytest.MonkeyPatch.context() as patch:
             def stop(args, before):
@@ -320,6 +342,8 @@ def test_the_vicuna_template_to_the_letter(talk):
     assert ids == [1, *text[0], *text[1], 2, *text[2], 2, *text[3]]
     client.rounds[0][2] = backend.encode(" yo")[1:]                              # an answer that was cut short
     assert client.encode(client.rounds, "end") == ids
+    client.system, client.rounds = "S", [["a", "b", [50, 2]]]                    # an answer's end is no end of a talk
+    assert client.prompt("c") == client.encode(client.rounds, "c")
 
 
 def test_behind_the_end_of_a_text_a_new_one_begins(talk):
