@@ -197,7 +197,7 @@ class Chat:
     def __init__(self, model: Llama, tokenizer: Tokenizer, heads, tree, chat: bool, args):
         self.model, self.tokenizer, self.heads, self.tree = model, tokenizer, heads, tree
         self.chat, self.args = chat, args
-        self.rounds, self.system, self.answers = [], args.system or SYSTEM, 0
+        self.rounds, self.system, self.answers = [], args.system, 0
         self.cache, self.cached = whole_cache(model, 1), []     # and the ids whose keys and values it holds
 
     def encode(self, rounds: list, message: str) -> list:
@@ -534,9 +534,10 @@ def main():
                             "--tune forecasts acceptance by match: leave out --acceptance")
         return tune(model, tokenizer, heads, tree_source, args)
     chat = template_of(args) == "vicuna"
+    args.system = SYSTEM if args.system is None else args.system
     ready(model, args)
     prompts = [] if args.interactive else args.prompt or [OPENING]
-    asked = [question(0, prompt, args.system or SYSTEM) if chat else prompt for prompt in prompts]
+    asked = [question(0, prompt, args.system) if chat else prompt for prompt in prompts]
     encoded = [tokenizer.encode(text) for text in asked]
     check_prompts(encoded, model.config)
     if args.compile is not None:

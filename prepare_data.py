@@ -228,7 +228,7 @@ def tokenised(texts, tokenizer: Tokenizer):
 
 def question(index: int, text: str, system: str = SYSTEM) -> str:
     """A human turn in the vicuna_v1.1 template, up to where the answer begins (with a space)."""
-    return f"{'' if index else system + ' '}USER: {text} ASSISTANT:"
+    return f"{'' if index or not system else system + ' '}USER: {text} ASSISTANT:"
 
 
 def rendered(conversations, tokenizer: Tokenizer):

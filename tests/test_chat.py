@@ -344,6 +344,8 @@ def test_the_vicuna_template_to_the_letter(talk):
     assert client.encode(client.rounds, "end") == ids
     client.system, client.rounds = "S", [["a", "b", [50, 2]]]                    # an answer's end is no end of a talk
     assert client.prompt("c") == client.encode(client.rounds, "c")
+    client.system = ""
+    assert client.encode([], "c") == backend.encode("USER: c ASSISTANT:")
 
 
 def test_behind_the_end_of_a_text_a_new_one_begins(talk):
