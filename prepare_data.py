@@ -262,8 +262,8 @@ def continued(prompts: dict, write, batch_size: int):
         keys = order[start:start + batch_size]
         new = [[] for _ in keys]
         for step in write([prompts[key] for key in keys], keys):
-            for row, ids in zip(new, step, strict=True):
-                row += ids
+            for row, ids in step.items():
+                new[row] += ids
         yield from zip(keys, new, strict=True)
 
 

@@ -23,7 +23,7 @@ import re
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -779,22 +779,23 @@ def whole_cache(model: Llama, rows: int) -> Tensor:
     return new_cache(model.config, rows, model.config.max_position_embeddings + PREFILL_CHUNK, like=model.norm)
 
 
+def small_cache(model: Llama, rows: int, longest: int, max_new_tokens: int, nodes: int) -> Tensor:
+    """A cache for prompts of up to `longest` tokens, and what is decoded behind them with a tree of so many nodes."""
+    slots = min(longest + max_new_tokens, model.config.max_position_embeddings)
+    return new_cache(model.config, rows, slots + max(nodes, min(longest, PREFILL_CHUNK)), like=model.norm)
+
+
 def start(model: Llama, prompts: list, max_new_tokens: int, tree: Tree, sampling: Sampling, eos: Tensor, seeds,
-          recent: int = 1, whole: bool = False, past=None) -> tuple[State, Tensor]:
+          recent: int, cache: Tensor, kept: int = 0) -> tuple[State, Tensor]:
     """The stage `init`: prefill, then the first token, by the same accept and commit as every other one.
 
-    whole: sizes for the whole context, the same for every prompt, as a compiled step wants them. past: see `generate`.
+    kept: so many slots of the cache hold the beginnings of the prompts already.
     """
     context, device = model.config.max_position_embeddings, model.norm.device
-    longest, max_new_tokens = max(map(len, prompts)), min(max_new_tokens, context)
-    nodes, path = tree.path.shape
-    slots = min(longest + max_new_tokens, context) + max(nodes, min(longest, PREFILL_CHUNK))
-    cache, kept = past or (whole_cache(model, len(prompts)) if whole else
-                           new_cache(model.config, len(prompts), slots, like=model.norm), 0)
     # the newest hidden states are not kept, so their tokens are read once more
     length, last = prefill(model, prompts, cache, recent, max(0, min(kept, min(map(len, prompts)) - recent)))
     remaining = torch.tensor([min(max_new_tokens, context - len(p)) for p in prompts], device=device)
-    draws = 1 if sampling.temperature == 0 else (context if whole else max_new_tokens) + path
+    draws = 1 if sampling.temperature == 0 else context + tree.path.shape[1]
     root, token = Tree.root().to(device), torch.tensor([p[-1] for p in prompts], device=device)
     # as if the prompt's last token were the root of a tree of one node, already verified: its hidden state is the new
     # one, those before it the recent ones (the roll puts it first, where `latest` drops it)
@@ -805,62 +806,82 @@ def start(model: Llama, prompts: list, max_new_tokens: int, tree: Tree, sampling
     return reported(commit(state, hidden, chosen, out, count, eos), out, count)
 
 
+def replaced(state: State, row: int, new: State) -> State:
+    """A state whose row is the one row of a new state (that has its keys and values in this row's cache already)."""
+    at = torch.tensor([row], device=state.length.device)
+    return State(state.cache, *(t.index_copy(0, at, n) for t, n in zip(state[1:], new[1:], strict=True)))
+
+
 def check_prompts(prompts: list, config: LlamaConfig) -> None:
     """UserError: an empty prompt, or one that leaves no room in the context."""
     context = config.max_position_embeddings
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts, 1):
+        name = "the prompt" if len(prompts) == 1 else f"prompt {number}"
         if not prompt:
-            raise UserError("the prompt is empty: give at least one token")
+            raise UserError(f"{name} is empty: give at least one token")
         if len(prompt) >= context:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the context holds {context}{config.why_no_longer}: "
+            raise UserError(f"{name} has {len(prompt)} tokens, the context holds {context}{config.why_no_longer}: "
                             "shorten the prompt")
 
 
 @torch.inference_mode()
 def generate(model: Llama, prompts: list, max_new_tokens: int, *, heads: MedusaHeads | None = None,
-             tree: Tree | None = None, sampling: Sampling = GREEDY, seeds=None, eos=None,
+             tree: Tree | None = None, sampling: Sampling = GREEDY, seeds=None, eos=None, batch_size: int | None = None,
              max_steps: int | None = None, run=call, compiled=None, past: tuple[Tensor, int] | None = None):
-    """Yields, for the prefill and then for each step, B lists: the new ids of each row, as they come.
+    """Yields, for the prefill and then for each step, {a prompt's index: its new ids} of all prompts at work.
 
-    A row ends with the first end-of-text token (`eos`, default the model's; it is yielded), at `max_new_tokens` or at
-    the context's end; after `max_steps` steps all rows end. No heads or no tree: plain decoding. Row b's draws come
-    from seeds[b] (default 0, 1, ...), so a row's tokens are the same alone and in any batch, with heads and without.
+    A text ends with the first end-of-text token (`eos`, default the model's; it is yielded), at `max_new_tokens` or at
+    the context's end; after `max_steps` steps all end. No heads or no tree: plain decoding. Prompt i's draws come from
+    seeds[i] (default 0, 1, ...), so its tokens are the same alone and in any batch, with heads and without.
+    batch_size: so many rows at once (default: all); a finished one takes the next prompt, whose first token, the
+    prefill's, is yielded with the others' step.
     compiled: None, or a dict that keeps compiled steps from call to call: decode with `compile_step`.
     past: a `whole_cache` of an earlier call, and how many of its slots hold the beginnings of all prompts.
     Raises UserError: see `check_prompts`, `compile_step`.
     """
     check_prompts(prompts, model.config)
-    device = model.norm.device
+    device, max_new_tokens = model.norm.device, min(max_new_tokens, model.config.max_position_embeddings)
     plain = heads is None or tree is None or len(tree.paths) == 1
     heads, tree = (None, Tree.root().to(device)) if plain else (heads, tree.to(device))
     sampling = sampling._replace(epsilon=None) if plain else sampling
     eos = torch.tensor(model.config.eos_token_ids if eos is None else tuple(eos), dtype=torch.long, device=device)
-    state, report = run("init", start, model, prompts, max_new_tokens, tree, sampling, eos,
-                        range(len(prompts)) if seeds is None else seeds, 1 if plain else heads.recent,
-                        compiled is not None, past)
+    waiting, nodes, seeds = deque(range(len(prompts))), len(tree.paths), seeds or range(len(prompts))
+    rows = [waiting.popleft() for _ in range(min(batch_size or len(prompts), len(prompts)))]    # the prompts at work
+
+    def begin(which, cache, kept=0):
+        return run("init", start, model, [prompts[i] for i in which], max_new_tokens, tree, sampling, eos,
+                   [seeds[i] for i in which], 1 if plain else heads.recent, cache, kept)
+    if past is None:
+        past = whole_cache(model, len(rows)) if compiled is not None else \
+            small_cache(model, len(rows), max(map(len, prompts)), max_new_tokens, nodes), 0
+    state, report = begin(rows, *past)
     if compiled is not None:
         if device.type == "cuda":
             torch._dynamo.mark_static_address(state.cache)     # CUDA graphs write to it in place
-        key = (len(prompts), sampling, str(tree.paths), tuple(eos.tolist()))
+        key = (len(rows), sampling, str(tree.paths), tuple(eos.tolist()))
         if key not in compiled:
             compiled[key] = compile_step(model, heads, tree, state, sampling, eos)
-    lengths, steps = [len(p) - 1 for p in prompts], 0          # state.length, without reading it back
-    rows = list(range(len(prompts)))                           # the prompts that the rows of `state` belong to
+    lengths, steps = [len(prompts[i]) - 1 for i in rows], 0    # state.length, without reading it back
     while True:
         report = report.tolist()                               # the one read-back of a step
-        emitted = [[] for _ in prompts]
-        for row, (count, _, *ids) in zip(rows, report, strict=True):
-            emitted[row] = ids[:count]
-        yield emitted
-        alive = [i for i, (_, remaining, *_) in enumerate(report) if remaining]
+        new = {i: ids[:count] for i, (count, _, *ids) in zip(rows, report, strict=True) if count}
+        lengths = [a + count for a, (count, *_) in zip(lengths, report, strict=True)]
+        for row in range(len(rows)):
+            while waiting and not report[row][1]:
+                cache, rows[row] = state.cache[:, row:row + 1], waiting.popleft()
+                cache[:, :, :lengths[row] + nodes] = 0         # a NaN left there would reach through the mask
+                one, first = begin([rows[row]], cache)
+                state, report[row], lengths[row] = replaced(state, row, one), *first.tolist(), len(prompts[rows[row]])
+                new[rows[row]] = report[row][2:3]
+        yield new
+        alive = [row for row, (_, remaining, *_) in enumerate(report) if remaining]
         if not alive or steps == max_steps:
             return
-        lengths = [a + count for a, (count, *_) in zip(lengths, report, strict=True)]
         if 4 * len(alive) <= 3 * len(rows) and compiled is None:    # a finished row costs as much as another
             keep = torch.tensor(alive, device=device)
             state = State(some_rows(state.cache, keep), *(t[keep] for t in state[1:]))
-            rows, lengths = [rows[i] for i in alive], [lengths[i] for i in alive]
-        window, steps = window_of(max(lengths) + len(tree.paths), state.cache), steps + 1
+            rows, lengths = [rows[row] for row in alive], [lengths[row] for row in alive]
+        window, steps = window_of(max(lengths) + nodes, state.cache), steps + 1
         if compiled is not None:
             *moved, report = run("base_inference" if plain else "step", compiled[key], window, *state)
             state = State(state.cache, *moved)

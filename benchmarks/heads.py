@@ -33,8 +33,8 @@ def decode(model, prompts, heads, tree, args):
                        sampling=Sampling(args.temperature))
         next(run)
         for new in run:
-            emitted += sum(map(len, new))
-            steps += sum(map(bool, new))
+            emitted += sum(map(len, new.values()))
+            steps += len(new)
     return emitted / steps
 
 

@@ -7,7 +7,7 @@ from conftest import random_prompt, random_tree, tiny_heads, tiny_llama
 
 import tinymedusa
 from llama import keep_rows, mask_table, new_cache, visible
-from tinymedusa import GREEDY, Tree, feed, prefill, start, step, window_of
+from tinymedusa import GREEDY, Tree, feed, prefill, small_cache, start, step, whole_cache, window_of
 
 CHAIN = lambda n: (torch.arange(n), mask_table(torch.ones(n, n).tril().bool()))
 
@@ -67,7 +67,7 @@ def test_after_each_commit_the_cache_is_a_fresh_prefill(seed):
     tree = heads.tree(random_tree(rng, nodes=30))
     prompts, eos = rows_of(rng, 2), torch.tensor([], dtype=torch.long)
     with torch.inference_mode():
-        state, report = start(model, prompts, 25, tree, GREEDY, eos, [0, 1], 3)
+        state, report = start(model, prompts, 25, tree, GREEDY, eos, [0, 1], 3, small_cache(model, 2, 61, 25, 31))
         new = lambda report: [ids[:count] for count, _, *ids in report.tolist()]
         texts = [p + n for p, n in zip(prompts, new(report), strict=True)]
         accepted = 0
@@ -103,7 +103,7 @@ def test_a_finished_row_stays_as_it_is():
     model = tiny_llama()
     heads, tree, eos = tiny_heads(model), Tree.from_paths([[0], [1], [0, 0]], 4, 12), torch.tensor([2])
     with torch.inference_mode():
-        state, _ = start(model, [[1, 4, 5], [1, 6]], 9, tree, GREEDY, eos, [0, 1])
+        state, _ = start(model, [[1, 4, 5], [1, 6]], 9, tree, GREEDY, eos, [0, 1], 1, whole_cache(model, 2))
         state = state._replace(remaining=torch.tensor([0, 5]))
         after, report = step(model, heads, tree, state, window_of(64, state.cache), GREEDY, eos)
     assert report[0, 0] == 0 and report[1, 0] > 0

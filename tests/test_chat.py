@@ -277,11 +277,11 @@ def test_kept_slots_change_nothing(recent):
     model, prompt = tiny_llama(), [1, 5, 9, 3, 7, 4, 8, 11, 6]
     args = [prompt], 5, Tree.root(), GREEDY, torch.tensor([2]), [0], recent
     with torch.inference_mode():
-        fresh, _ = start(model, *args)
+        fresh, _ = start(model, *args, whole_cache(model, 1))
         for kept in range(len(prompt) + 1):
             cache = whole_cache(model, 1)
             prefill(model, [prompt[:kept] + [10] * 9], cache)                    # more is in it than may be used
-            state, _ = start(model, *args, past=(cache, kept))
+            state, _ = start(model, *args, cache, kept)
             assert torch.equal(state.token, fresh.token) and torch.equal(state.length, fresh.length)
             assert torch.allclose(state.recent, fresh.recent, atol=1e-12)
             assert torch.allclose(cache[:, :, :9], fresh.cache[:, :, :9], atol=1e-12)

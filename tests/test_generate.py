@@ -46,11 +46,11 @@ def naive(model, prompt, new_tokens, sampling, seed, eos):
 def collect(steps, rows):
     """The rows' tokens, and how many steps accepted 0, 1, 2, ... drafts."""
     out, accepted = [[] for _ in range(rows)], {}
-    for i, new in enumerate(steps):
-        for row, ids in zip(out, new, strict=True):
-            row += ids
-            if i and ids:
+    for new in steps:
+        for row, ids in new.items():
+            if out[row]:                                                         # not the prefill's token
                 accepted[len(ids) - 1] = accepted.get(len(ids) - 1, 0) + 1
+            out[row] += ids
     return out, accepted
 
 
@@ -66,15 +66,16 @@ def test_the_great_equality():
                            token_map=rng.choice([None, torch.tensor([2, 3, 4, 6, 7, 9, 11])]))
         tree = heads.tree(random_tree(rng, rng.randint(1, 4), ranks=5, nodes=rng.choice([6, 40, 80])))
         sampling = Sampling(rng.choice([0, 0.5, 0.8, 1.3]), rng.choice([0, 0, 4]), rng.choice([1.0, 0.9]))
-        prompts = [random_prompt(rng, rng.choice([8, 85])) for _ in range(rng.randint(1, 4))]
+        prompts = [random_prompt(rng, rng.choice([8, 85])) for _ in range(rng.randint(1, 5))]
         seeds, new_tokens = [rng.randrange(10 ** 6) for _ in prompts], rng.randint(1, 60)
+        batch_size = rng.choice([None, 1, 2, 3])                                 # the others wait for a row
         eos = rng.choice([(), (2,), (2, 7)])
         with torch.no_grad():
             expected = [naive(model, p, new_tokens, sampling, s, eos) for p, s in zip(prompts, seeds, strict=True)]
         options = {"sampling": sampling, "eos": eos}
         plain, none = collect(generate(model, prompts[-1:], new_tokens, seeds=seeds[-1:], **options), 1)
-        medusa, some = collect(generate(model, prompts, new_tokens, heads=heads, tree=tree, seeds=seeds, **options),
-                               len(prompts))
+        medusa, some = collect(generate(model, prompts, new_tokens, heads=heads, tree=tree, seeds=seeds, **options,
+                                        batch_size=batch_size), len(prompts))
         assert plain == expected[-1:] and set(none) <= {0}
         assert medusa == expected, f"case {case}"
         for drafts, count in some.items():
@@ -115,21 +116,53 @@ def test_finished_rows_leave_the_batch():
     prompts = [[1, 3 + i % 9, 3 + i // 9] for i in range(40)]
     steps = list(generate(model, prompts, 60, sampling=Sampling(1.0), run=spy))
     for i, step in enumerate(steps[1:]):
-        alive.append(sum(map(bool, step)))
-        assert len(step) == 40 and alive[-1] <= rows[i] and (i == 0 or rows[i] * 0.75 <= alive[-1] + 1)
+        alive.append(len(step))
+        assert alive[-1] <= rows[i] and (i == 0 or rows[i] * 0.75 <= alive[-1] + 1)
     assert rows[0] == 40 and min(rows) < 10
     alone = [[t for s in generate(model, [p], 60, sampling=Sampling(1.0), seeds=[i]) for t in s[0]]
              for i, p in enumerate(prompts)]
-    assert [[t for s in steps for t in s[i]] for i in range(40)] == alone
+    assert [[t for s in steps for t in s.get(i, [])] for i in range(40)] == alone
+
+
+def test_a_finished_row_takes_the_next_prompt():
+    """All rows stay at work while a prompt waits, and each text is what it is alone."""
+    model, rows = tiny_llama(std=0.5), []
+
+    def spy(name, function, *args):
+        if name == "base_inference":
+            rows.append(len(args[3].token))
+            for row in (args[3].remaining == 0).nonzero():                       # none: it was replaced
+                raise AssertionError(f"row {row} is finished and stands in the batch")
+        return function(*args)
+    prompts = [[1, 3 + i % 9, *[5] * (i % 7 * 10)] for i in range(30)]
+    sampling = Sampling(1.0)
+    steps = list(generate(model, prompts, 40, sampling=sampling, run=spy, batch_size=4))
+    texts, _ = collect(steps, 30)
+    assert texts == [collect(generate(model, [p], 40, sampling=sampling, seeds=[i]), 1)[0][0]
+                     for i, p in enumerate(prompts)]
+    last = max(i for i, step in enumerate(steps) if len(step) >= 4)
+    assert len({*map(len, texts)}) > 5 and set(rows[:last]) == {4} and len(rows) < 0.4 * sum(map(len, texts))
+    assert all(i in steps[0] for i in range(4)) and [i for s in steps for i in s if i > 3][0] == 4    # in their order
+
+
+def test_nothing_of_a_finished_row_is_seen_not_even_nan():
+    model = tiny_llama()
+    model.embed_tokens.weight.data[0] = torch.nan                                # a token that spoils its row
+    prompts = [[1, 0, 4, 4, 4, 4], [1, 5]]
+    heads = tiny_heads(model, token_map=torch.arange(1, 12))                     # a draft of it would spoil the tree
+    for options in ({}, {"heads": heads, "tree": heads.tree([[1], [2]])}):
+        texts, _ = collect(generate(model, prompts, 12, eos=(), batch_size=1, **options), 2)
+        alone, _ = collect(generate(model, prompts[1:], 12, eos=()), 1)
+        assert texts[1] == alone[0] and 0 not in texts[1]
 
 
 def test_prompts_that_cannot_be():
     model = tiny_llama()
-    with pytest.raises(UserError, match="prompt is empty"):
+    with pytest.raises(UserError, match="prompt 2 is empty"):
         next(generate(model, [[1], []], 5))
     with pytest.raises(UserError, match="has 96 tokens, the context holds 96"):
         next(generate(model, [[1] * 96], 5))
-    assert [len(t) for s in generate(model, [[1] * 95], 5, eos=()) for t in s] == [1]      # one place left
+    assert [len(s[0]) for s in generate(model, [[1] * 95], 5, eos=())] == [1]      # one place left
 
 
 def test_stage_names_and_calls():

@@ -33,9 +33,9 @@ def test_three_token_continuations(sampling):
         rows = [[] for _ in range(ROWS)]
         for i, new in enumerate(generate(model, [prompt] * ROWS, 3, heads=heads, tree=tree, sampling=sampling, eos=(),
                                          seeds=range(batch * ROWS, (batch + 1) * ROWS))):
-            for row, ids in zip(rows, new, strict=True):
-                row += ids
-                steps += bool(i and ids)
+            for row, ids in new.items():
+                rows[row] += ids
+                steps += bool(i)
                 drafted += max(0, len(ids) - 1)
         rows = torch.tensor(rows)
         counts += torch.bincount(rows @ torch.tensor([V * V, V, 1]), minlength=V ** 3)
