@@ -5,6 +5,7 @@
     python generate.py --prompt "The little dog" --temperature 0.8 --seed 3
     python generate.py --model DIR_OR_HUB_ID --heads DIR_OR_HUB_ID --prompt "Hello" --json
     python generate.py --interactive --show-accepted          # a conversation; colours tell which head guessed a token
+    python generate.py --prompts-file prompts.txt --batch-size 8 --json > texts.jsonl
     python generate.py --tune openings.txt                    # fit the tree to these heads and this machine
 
 steps counts decoding steps. The prefill emits the first token, so tokens_per_step = (new_tokens - 1) / steps, which is
@@ -18,7 +19,7 @@ import time
 from argparse import ArgumentTypeError
 from collections import Counter
 from contextlib import nullcontext, suppress
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from llama import (DTYPES, LARGE, SEED, ArgumentParser, Llama, Tokenizer, UserError, command_line, device, locate,
                    model_name, number, read_json, threads, write_atomic, write_json)
-from prepare_data import SYSTEM, continuations, openings_of, question
+from prepare_data import SYSTEM, continuations, json_lines, mended, openings_of, question, read_lines
 from tinymedusa import (LARGEST_COMPILED, MedusaHeads, Sampling, Stages, Tree, base_of, call, check_prompts,
                         choice_margin, generate, grow_tree, load_tree, path_hits, set_threads, uniforms, walk,
                         whole_cache)
@@ -42,8 +43,24 @@ OPENING = "Once upon a time, there was a little girl named Lily who loved to pla
 # ---------------------------------------------------------------------------------------------------------- loading
 
 def mode(args) -> str:
-    """What a step costs depends on this; `--tune` keeps a tree for each."""
+    """What a step costs depends on this; `--tune` keeps a tree for each, and for each --batch-size."""
     return torch.device(args.device).type + (" compiled" if args.compile is not None else "")
+
+
+def prompts_of(path) -> list[str]:
+    """The prompts of a file: its lines that are not empty; of a .jsonl a string or an object with "prompt" a line."""
+    if Path(path).suffix != ".jsonl":
+        prompts = [line.rstrip("\r\n") for line in read_lines(path) if line.strip()]
+    else:
+        prompts = []
+        for place, value in json_lines(path):
+            prompt = value.get("prompt") if isinstance(value, dict) else value
+            if not isinstance(prompt, str):
+                raise UserError(f'{place}: expected a string or an object with a "prompt"')
+            prompts.append(mended(prompt))
+    if not prompts:
+        raise UserError(f"{path} holds no prompt: write one a line")
+    return prompts
 
 
 def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None, str | None]:
@@ -62,7 +79,7 @@ def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None, str
         return None, None, None
     heads = MedusaHeads.from_pretrained(folder, model, args.revision if folder == args.model else None)
     if not args.tune:
-        tree, source = load_tree(folder, heads, args.tree, mode(args))
+        tree, source = load_tree(folder, heads, args.tree, mode(args), args.batch_size)
         return heads if len(tree.paths) > 1 else None, tree, source
     if not args.tree and not Path(args.heads or args.model).is_dir():
         raise UserError(f"{args.heads or args.model} is on the hub: say with --tree FILE where to write the tree")
@@ -98,12 +115,44 @@ def run(model: Llama, tokenizer: Tokenizer, ids: list, args, seed: int, heads, t
             new += tokens[0]
     if args.trace:
         write_atomic(args.trace, lambda path: profiler.export_chrome_trace(str(path)))
-    count = accepted.total()
+    return {"text": text, "token_ids": new, **figures(len(new), 1, accepted, seconds, stages)}
+
+
+def figures(tokens: int, texts: int, accepted: Counter, seconds: float, stages: Stages) -> dict:
+    """What is reported of the new tokens of so many texts; accepted: a text's steps by the drafts they accepted."""
+    steps = accepted.total()
     totals = {name: {"calls": len(t), "total_ms": round(1000 * sum(t), 3)} for name, t in stages.seconds.items()}
-    return {"text": text, "token_ids": new, "new_tokens": len(new), "steps": count,
-            "tokens_per_step": round((len(new) - 1) / count, 4) if count else None,
-            "accepted": [accepted[n] for n in range(max(accepted, default=-1) + 1)],      # steps by accepted drafts
-            "seconds": round(seconds, 6), "tokens_per_second": round(len(new) / seconds, 2), "stages": totals}
+    return {"new_tokens": tokens, "steps": steps,
+            "tokens_per_step": round((tokens - texts) / steps, 4) if steps else None,
+            "accepted": [accepted[n] for n in range(max(accepted, default=-1) + 1)],
+            "seconds": round(seconds, 6), "tokens_per_second": round(tokens / seconds, 2), "stages": totals}
+
+
+def many(model: Llama, tokenizer: Tokenizer, prompts: list, encoded: list, heads, tree, args):
+    """--batch-size prompts at once. Yields what `one_prompt` gives, in the prompts' order, each as soon as it and all
+    before it are done; at last the figures of all together. A text's seconds are those of a row shared with others.
+    """
+    stages, begin = Stages(args.device), time.perf_counter()
+    steps = generate(model, encoded, args.max_new_tokens, heads=heads, tree=tree, sampling=sampling(args),
+                     seeds=range(args.seed, args.seed + len(prompts)), run=stages if args.profile else call,
+                     compiled=args.compile, batch_size=args.batch_size)
+    rows, done, everything, tokens, now, following = {}, {}, Counter(), 0, 0.0, 0
+    for step in chain(steps, [{}]):                         # a text is done when a step is without it
+        before, now = now, time.perf_counter() - begin
+        for i in [i for i in rows if i not in step]:
+            ids, accepted, since = rows.pop(i)
+            done[i] = {"prompt": prompts[i], "prompt_tokens": len(encoded[i]),
+                       "text": tokenizer.stream(encoded[i])(ids, end=True), "token_ids": ids,
+                       **figures(len(ids), 1, accepted, before - since, Stages("cpu"))}
+            everything, tokens = everything + accepted, tokens + len(ids)
+        while following in done:
+            yield done.pop(following)
+            following += 1
+        for i, new in step.items():
+            if i in rows:
+                rows[i][1][len(new) - 1] += 1
+            rows.setdefault(i, ([], Counter(), before))[0].extend(new)
+    yield figures(tokens, len(prompts), everything, now, stages)
 
 
 def sampling(args) -> Sampling:
@@ -117,14 +166,15 @@ def ready(model: Llama, args) -> None:
     if model.norm.device.type == "cpu" and (args.compile is None or not large or model.size() > LARGEST_COMPILED):
         model.pack()
     # a compiled step has its threads built in, and of a small model waits for them more than they help
-    set_threads(model, 1 if args.threads == "auto" and args.compile is not None and not large else args.threads)
+    set_threads(model, 1 if args.threads == "auto" and args.compile is not None and not large else args.threads,
+                args.batch_size)
 
 
-def compile_ahead(model: Llama, heads, tree, args) -> None:
+def compile_ahead(model: Llama, heads, tree, rows: int, args) -> None:
     """Compiles what will be needed, so that no run's time counts it; where that can't be done, goes on without."""
     try:
         for h, t in ((heads, tree), (None, None)) if args.compare else ((heads, tree),):
-            for _ in generate(model, [[0]], 2, heads=h, tree=t, sampling=sampling(args), compiled=args.compile):
+            for _ in generate(model, [[0]] * rows, 2, heads=h, tree=t, sampling=sampling(args), compiled=args.compile):
                 pass
     except UserError as error:
         print(f"{error}; going on without --compile", file=sys.stderr)
@@ -341,18 +391,18 @@ def own_texts(model: Llama, tokenizer: Tokenizer, args) -> list:
     return list(tqdm(texts, desc="writing texts", total=len(openings)))
 
 
-def step_seconds(model: Llama, heads, trees: list, ids: list, args) -> list[float]:
-    """Seconds of a whole decoding step with each tree (None: plain), in turns, behind the prompt `ids`.
+def step_seconds(model: Llama, heads, trees: list, prompts: list, args) -> list[float]:
+    """Seconds of a whole decoding step with each tree (None: plain), in turns, behind the prompts.
 
     The lower quartile: what else the machine does only ever adds.
     """
     seconds = [[] for _ in trees]
     for tree in tqdm(trees, desc="compiling") if args.compile is not None else ():
-        for _ in generate(model, [ids], 2, heads=heads, tree=tree, sampling=sampling(args), compiled=args.compile):
+        for _ in generate(model, prompts, 2, heads=heads, tree=tree, sampling=sampling(args), compiled=args.compile):
             pass
     for _ in tqdm(range(TUNE_ROUNDS), desc="timing"):
         for tree, times in zip(trees, seconds, strict=True):
-            steps = generate(model, [ids], 10 * TUNE_STEPS, heads=heads, tree=tree, sampling=sampling(args),
+            steps = generate(model, prompts, 10 * TUNE_STEPS, heads=heads, tree=tree, sampling=sampling(args),
                              max_steps=TUNE_STEPS, compiled=args.compile)
             next(steps)                                                          # the prefill
             begin = time.perf_counter()
@@ -363,7 +413,7 @@ def step_seconds(model: Llama, heads, trees: list, ids: list, args) -> list[floa
 
 
 def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads, path: str, args) -> None:
-    """Writes to `path`, for this mode, the tree with the most expected tokens per second here.
+    """Writes to `path`, for this mode and --batch-size, the tree with the most expected tokens per second here.
 
     The openings at even places grow the trees (joint hits), those at odd places forecast their tokens per step by a
     walk; a step's cost is measured (Sequoia, arXiv 2402.12374, sizes trees by cost likewise). A tree must beat plain
@@ -383,31 +433,33 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads, path: str, args
     ready(model, args)                  # only now: what is packed can't be evaluated with
     trees = [heads.tree(paths) for paths in grown.values()]
     longest = max(documents, key=len)
-    plain, *costs = step_seconds(model, heads, [None, *trees], (longest[:len(longest) // 2] // 4).tolist(), args)
+    batch, name = args.batch_size, mode(args) + (f" batch {args.batch_size}" if args.batch_size > 1 else "")
+    prompts = [(longest[:len(longest) // 2] // 4).tolist()] * batch
+    plain, *costs = step_seconds(model, heads, [None, *trees], prompts, args)
     rows = []
     for tree, cost in zip(trees, costs, strict=True):
         per_step = walk(tree, ranks[1], own[1])["tokens_per_step"]
         rows.append({"nodes": len(tree.paths), "depth": len(tree.paths[-1]), "tokens_per_step": per_step,
-                     "step_ms": round(1000 * cost, 4), "tokens_per_second": round(per_step / cost, 1)})
+                     "step_ms": round(1000 * cost, 4), "tokens_per_second": round(batch * per_step / cost, 1)})
     best = max(range(len(rows)), key=lambda i: rows[i]["tokens_per_second"])
     chosen, places = rows[best], sum(rank.shape[1] for rank in ranks[0])
-    pays, paths = chosen["tokens_per_second"] * plain > 1.03, trees[best].paths[1:]
+    pays, paths = chosen["tokens_per_second"] * plain > 1.03 * batch, trees[best].paths[1:]
     says = (f"a step of {chosen['nodes']} nodes costs {chosen['step_ms'] / 1000 / plain:.2f} plain steps and yields "
             f"{chosen['tokens_per_step']:.2f} tokens")
     tuned = {
-        "paths": paths if pays else [], "remark": f"tuned for {mode(args)}: " + says if pays else
-        f"plain decoding is faster on {mode(args)}: {says}",
+        "paths": paths if pays else [], "remark": f"tuned for {name}: " + says if pays else
+        f"plain decoding is faster on {name}: {says}",
         "source": f"--tune: {len(documents)} openings of {Path(args.tune).name}",
         "sampling": sampling(args)._asdict(), "threads": torch.get_num_threads(),
         "hits": [round(hits[tuple(p)] / places, 5) for p in paths], "chosen": chosen,
         "plain_step_ms": round(1000 * plain, 4), "candidates": rows}
     before = read_json(path) if Path(path).is_file() else {}
-    write_json(path, {"paths": before.get("paths", paths) if args.compile is not None else paths,
-                      "modes": before.get("modes", {}) | {mode(args): tuned}})
+    write_json(path, {"paths": paths if name == "cpu" else before.get("paths", paths),
+                      "modes": before.get("modes", {}) | {name: tuned}})
     if args.json:
-        return print(json.dumps({"tree": path, "mode": mode(args), **tuned}))
+        return print(json.dumps({"tree": path, "mode": name, **tuned}))
     print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}")
-    print(f"{1:>5}{0:>7}{1:>13.3f}{1000 * plain:>10.3f}{1 / plain:>10.1f}   plain decoding")
+    print(f"{1:>5}{0:>7}{1:>13.3f}{1000 * plain:>10.3f}{batch / plain:>10.1f}   plain decoding")
     for i, row in enumerate(rows):
         print("{:>5}{:>7}{:>13.3f}{:>10.3f}{:>10.1f}".format(*row.values()) + "   <- best tree" * (i == best))
     print(f"{path}: {tuned['remark']}\n{trees[best].draw()}")
@@ -460,6 +512,16 @@ def original_table(result: dict) -> str:
     return "\n".join(["=" * 50, *lines, "-" * 50, row("Tokens/second: ", result["new_tokens"] / total), "=" * 50])
 
 
+def print_many(results, texts: int, about: dict, heads, args) -> None:
+    """Prints what `many` yields as it comes; the figures of all go to stderr with --json."""
+    with tqdm(total=texts, desc="writing texts", unit=" texts") as progress:
+        for result in results:
+            if "prompt" in result:
+                progress.write(json.dumps(result | about) if args.json else f"{result['prompt']}{result['text']}\n")
+                progress.update()
+    print(report(result | about, heads, args), end="", file=sys.stderr if args.json else sys.stdout, flush=True)
+
+
 def text_argument(text: str) -> str:
     try:
         text.encode()
@@ -474,6 +536,10 @@ def arguments(argv=None):
     parser.add_argument("--heads", help="folder, hub id or 'none' (default: medusa/ in the model's folder)")
     parser.add_argument("--revision", help="of the model on the hub")
     parser.add_argument("--prompt", action="append", type=text_argument, metavar="TEXT", help="may be repeated")
+    parser.add_argument("--prompts-file", metavar="FILE", help="prompts, one a line; of a .jsonl a string or an object "
+                        'with "prompt" a line')
+    parser.add_argument("--batch-size", type=number(int, 1, 4096), default=1, help="with --prompts-file: so many at "
+                        "once, the next prompt taking the place of a finished one; with --tune: what to tune for")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=256)
     parser.add_argument("--max-steps", type=number(int, 1), help="end after so many decoding steps, plain or Medusa")
     parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: always the most likely token")
@@ -522,6 +588,10 @@ def main():
     args = arguments()
     if args.interactive and (args.json or args.compare or args.tune or args.prompt):
         raise UserError("--interactive is for people: leave out --json, --compare, --tune and --prompt")
+    if args.prompts_file and (args.prompt or args.compare or args.interactive or args.tune or args.trace):
+        raise UserError("--prompts-file leaves no room for --prompt, --compare, --interactive, --tune and --trace")
+    if args.batch_size > 1 and not (args.prompts_file or args.tune):
+        raise UserError("--batch-size needs --prompts-file (or --tune)")
     if base := base_of(args.model, args.revision):
         args.model, args.heads = base, args.heads or args.model     # the name of published heads alone
     model = Llama.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device, revision=args.revision,
@@ -537,17 +607,20 @@ def main():
     args.system = SYSTEM if args.system is None else args.system
     ready(model, args)
     prompts = [] if args.interactive else args.prompt or [OPENING]
+    prompts = prompts_of(args.prompts_file) if args.prompts_file else prompts
     asked = [question(0, prompt, args.system) if chat else prompt for prompt in prompts]
     encoded = [tokenizer.encode(text) for text in asked]
     check_prompts(encoded, model.config)
     if args.compile is not None:
-        compile_ahead(model, heads, tree, args)
+        compile_ahead(model, heads, tree, min(args.batch_size, len(prompts)), args)
     if args.interactive:
         return interactive(Chat(model, tokenizer, heads, tree, chat, args))
+    about = {"tree": f"{len(tree.paths)} nodes, {tree_source}"} if tree else {}
+    if args.prompts_file:
+        results = many(model, tokenizer, prompts, encoded, heads, tree, args)
+        return print_many(results, len(prompts), about, heads, args)
     for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-        result = one_prompt(model, tokenizer, prompt, ids, args.seed + index, heads, tree, args)
-        if tree:
-            result["tree"] = f"{len(tree.paths)} nodes, {tree_source}"
+        result = one_prompt(model, tokenizer, prompt, ids, args.seed + index, heads, tree, args) | about
         print(json.dumps(result) if args.json else "\n\n" + report(result, heads, args), flush=True)
 
 

@@ -129,9 +129,9 @@ def json_lines(path):
             yield place, value
 
 
-def clean(text: str) -> str:
-    """Stripped, and half a character (JSON may hold one, where a text was cut) replaced."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+def mended(text: str) -> str:
+    """Without half a character, which JSON may hold where a text was cut: it is replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def texts(path, separator: str):
@@ -159,7 +159,7 @@ def texts(path, separator: str):
                 raise UserError(f'{place}: expected an object with a "text"')
             yield value["text"]
     for text in fields() if Path(path).suffix == ".jsonl" else between():
-        if text := clean(text):
+        if text := mended(text).strip():
             yield from (text[i:i + BATCH] for i in range(0, len(text), BATCH))
 
 
@@ -175,7 +175,7 @@ def conversations(path):
                 isinstance(t, dict) and isinstance(t.get("from"), str) and isinstance(t.get("value"), str)
                 for t in turns):
             raise UserError(f'{place}: expected {{"conversations": [{{"from": .., "value": ..}}, ..]}} as in ShareGPT')
-        turns = [(t["from"], clean(t["value"])) for t in turns]
+        turns = [(t["from"], mended(t["value"]).strip()) for t in turns]
         while turns and turns[0][0] != "human":
             turns.pop(0)
         rounds = []

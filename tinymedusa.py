@@ -405,10 +405,11 @@ def base_of(name_or_path, revision=None) -> str | None:
     return None if "model_type" in config else config.get("base_model_name_or_path")
 
 
-def read_tree(text, mode: str | None = None) -> tuple[list, str | None]:
+def read_tree(text, mode: str | None = None, rows: int = 1) -> tuple[list, str | None]:
     """A tree from JSON, text or a file: a list of paths, or an object whose `paths` is one → the paths and a remark.
 
-    Where such an object has been tuned for `mode` ("cpu", "cpu compiled", ..), in `modes`, that entry's count.
+    Where such an object has been tuned for `mode` ("cpu", "cpu compiled", "cpu batch 8", ..), in `modes`, that entry's
+    count: the one for so many rows, or the next fewer.
     """
     source = str(text).strip()
     if source[:1] not in ("[", "{"):
@@ -425,20 +426,22 @@ def read_tree(text, mode: str | None = None) -> tuple[list, str | None]:
     modes = tree.get("modes", {})
     if not isinstance(modes, dict) or not all(isinstance(entry, dict) for entry in (*modes.values(), tree)):
         raise UserError("the tree: 'modes' must be an object of objects")
-    tree = modes.get(mode, tree)
+    named = {name: re.fullmatch(rf"{mode}(?: batch (\d{{1,9}}))?", name) for name in modes}
+    tuned = {int(match[1] or 1): modes[name] for name, match in named.items() if match}
+    tree = tuned.get(max((n for n in tuned if n <= rows), default=None), tree)
     if "paths" not in tree:
         raise UserError("the tree is a JSON object without the key 'paths'")
     return tree["paths"], tree.get("remark")
 
 
-def load_tree(folder, heads: MedusaHeads, given=None, mode: str | None = None) -> tuple[Tree, str]:
+def load_tree(folder, heads: MedusaHeads, given=None, mode: str | None = None, rows: int = 1) -> tuple[Tree, str]:
     """The tree of some heads and where it is from: the one given (JSON or a file), else `tree.json` in their folder,
-    else the published one. What was tuned for `mode` may be the root alone: there plain decoding is faster."""
+    else the published one. What was tuned for `mode` and the rows may be the root alone: plain decoding is faster."""
     source = given if given is not None else locate(folder, "tree.json", required=False)
     if source is None:
         paths = published_tree(heads.num_heads, vocab_size=heads.draft_size)
         return heads.tree(paths), "mc_sim_7b_63, published"
-    paths, remark = read_tree(source, mode)
+    paths, remark = read_tree(source, mode, rows)
     return heads.tree(paths), f"{source}: {remark}" if remark else str(source)
 
 

@@ -1,0 +1,138 @@
+"""--prompts-file: every text is what its prompt gives alone, and they come in order, each as soon as it can."""
+import json
+
+import pytest
+from conftest import tiny_heads, tiny_llama
+
+import generate
+import tinymedusa
+from llama import Tokenizer, UserError
+from tinymedusa import read_tree
+
+PROMPTS = ["the dog", "  two spaces", "a cat é 你", "x" * 30, "once", "the", "no", "a b c d", "dog dog"]
+
+
+def results(cli, *args):
+    status, out, err = cli("generate", "--json", "--threads", 1, *args)
+    assert status == 0, err
+    return [json.loads(line) for line in out.splitlines()], err
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "p.txt").write_text("\n\n".join(PROMPTS) + "\r\n", encoding="utf-8")
+    lines = [json.dumps({"prompt": p, "id": i} if i % 2 else p) for i, p in enumerate(PROMPTS)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path / "p.txt", tmp_path / "p.jsonl"
+
+
+@pytest.mark.parametrize("more", [[], ["--temperature", 0.9, "--seed", 7], ["--heads", "none"],
+                                  ["--temperature", 0.7, "--acceptance", "typical"]], ids=str)
+def test_each_text_is_what_its_prompt_gives_alone(more, tiny_folder, files, cli):
+    seed = 7 if "--seed" in more else 0
+    args = ["--model", tiny_folder, "--max-new-tokens", 40, *more]
+    alone = [results(cli, *args, "--seed", seed + i, "--prompt", p)[0][0] for i, p in enumerate(PROMPTS)]
+    for file, batch_size in zip((*files, files[0]), (1, 4, 30), strict=True):
+        together, err = results(cli, *args, "--prompts-file", file, "--batch-size", batch_size)
+        for a, b in zip(alone, together, strict=True):
+            for key in ("prompt", "prompt_tokens", "text", "token_ids", "steps", "accepted", "tokens_per_step"):
+                assert a[key] == b[key], key
+        assert "9/9" in err                                                      # the progress bar
+        tokens, steps = (sum(r[key] for r in together) for key in ("new_tokens", "steps"))
+        assert f"{tokens:>5} tokens {steps:>5} steps {(tokens - 9) / steps:>6.2f} tokens/step" in err
+    assert len({r["new_tokens"] for r in alone}) > 1
+
+
+def test_they_come_in_order_and_not_only_at_the_end(tiny_folder, monkeypatch):
+    """The first text is the longest: the others wait for it; the last ones come while others are at work."""
+    args = generate.arguments(["--model", str(tiny_folder), "--batch-size", "3"])
+    texts, asked = {0: 9, 1: 2, 2: 1, 3: 3, 4: 8, 5: 2}, []
+
+    def made_up(model, encoded, *rest, batch_size, **more):
+        waiting, rows = list(texts), {}
+        while waiting or rows:
+            rows = {i: n - 1 for i, n in rows.items() if n > 1}
+            while waiting and len(rows) < batch_size:
+                i = waiting.pop(0)
+                rows[i] = texts[i]
+            asked.append(len(rows))
+            yield {i: [5] for i in rows} if rows else {}
+    monkeypatch.setattr(generate, "generate", made_up)
+    tokenizer = Tokenizer(tiny_folder, tiny_llama(vocab_size=300).config)
+    came = []
+    for result in generate.many(None, tokenizer, list("abcdef"), [[1]] * 6, None, None, args):
+        came.append((result.get("prompt"), result["new_tokens"], len(asked)))
+    assert [c[:2] for c in came] == [*zip("abcdef", texts.values(), strict=True), (None, 25)]
+    assert [c[2] for c in came] == sorted(c[2] for c in came) and came[0][2] == 10 and came[3][2] < len(asked)
+
+
+def test_the_report_of_a_batch(tiny_folder, files, cli):
+    status, out, err = cli("generate", "--model", tiny_folder, "--prompts-file", files[0], "--batch-size", 4,
+                           "--max-new-tokens", 5, "--profile")
+    assert status == 0 and all(f"{p}" in out for p in PROMPTS) and out.index("medusa ") > out.index("dog dog")
+    init = next(line.split() for line in out.splitlines() if line.startswith("init "))
+    assert int(init[1]) == 6                                                     # a batch of four, then five by one
+
+
+def test_more_than_fits_a_line(tiny_folder, files, tmp_path, cli):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "bad.jsonl").write_text('"fine"\n{"text": "x"}\n')
+    (tmp_path / "half.jsonl").write_text('"fine"\n{"prompt"\n')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "long.txt").write_text("fine\n" + "x y " * 40)
+    for args, says in ((["--prompts-file", tmp_path / "no.txt"], "can't read"),
+                       (["--prompts-file", tmp_path / "empty.txt"], "holds no prompt: write one a line"),
+                       (["--prompts-file", tmp_path / "bad.jsonl"], 'line 2: expected a string or an object with a'),
+                       (["--prompts-file", tmp_path / "half.jsonl"], "line 2 is not valid JSON"),
+                       (["--prompts-file", tmp_path / "latin.txt"], "is not UTF-8 text"),
+                       (["--prompts-file", tmp_path / "long.txt"], "prompt 2 has"),
+                       (["--prompts-file", files[0], "--batch-size", 0], "--batch-size: '0' is not a whole number"),
+                       (["--prompts-file", files[0], "--compare"], "--prompts-file leaves no room for"),
+                       (["--batch-size", 2], "--batch-size needs --prompts-file")):
+        status, out, err = cli("generate", "--model", tiny_folder, *args)
+        assert status == 2 and out == "" and err.count("\n") == 1 and says in err, err
+
+
+def test_a_chat_models_prompts_are_questions(tiny_folder, files, cli):
+    together, _ = results(cli, "--model", tiny_folder, "--template", "vicuna", "--system", "", "--batch-size", 4,
+                          "--prompts-file", files[0], "--max-new-tokens", 4)
+    alone, _ = results(cli, "--model", tiny_folder, "--prompt", "USER: once ASSISTANT:", "--max-new-tokens", 4)
+    assert together[4]["text"] == alone[0]["text"] and together[4]["prompt"] == "once"
+
+
+def test_the_tree_that_was_tuned_for_so_many_rows(tiny_folder, tmp_path, cli, monkeypatch):
+    """--tune writes an entry a batch size; without one of that size the next smaller one counts."""
+    sizes = []
+
+    def costs(model, heads, trees, prompts, args):
+        sizes.append(len(prompts))
+        return [0.001 * (1 if tree is None else 1 + 0.004 * len(prompts) * len(tree.paths)) for tree in trees]
+    monkeypatch.setattr(generate, "step_seconds", costs)
+    tiny_heads(tiny_llama(vocab_size=300), 3, noise=0.05).save(tiny_folder / "medusa", "tiny")
+    (tmp_path / "o.txt").write_text("\n".join(f"the dog{' x' * i}" for i in range(12)))
+    tune = ["--model", tiny_folder, "--tune", tmp_path / "o.txt", "--max-new-tokens", 30, "--threads", 1]
+    for batch in (1, 8, 500):
+        assert cli("generate", *tune, "--batch-size", batch)[0] == 0
+    tree = tiny_folder / "medusa" / "tree.json"
+    modes = json.loads(tree.read_text())["modes"]
+    assert sizes == [1, 8, 500] and list(modes) == ["cpu", "cpu batch 8", "cpu batch 500"]
+    for name, batch in zip(modes, sizes, strict=True):
+        for c in modes[name]["candidates"]:
+            assert c["tokens_per_second"] == pytest.approx(1000 * batch * c["tokens_per_step"] / c["step_ms"], rel=1e-2)
+    one, eight, many = (modes[name]["paths"] for name in modes)
+    assert len(one) > len(eight) > 0 == len(many)
+    for rows, paths in ((1, one), (7, one), (8, eight), (499, eight), (501, many)):
+        assert read_tree(str(tree), "cpu", rows)[0] == paths
+    assert read_tree(str(tree), "cuda", 8)[0] == one                             # not tuned: the file's own
+    assert json.loads(tree.read_text())["paths"] == one
+    (tmp_path / "p.txt").write_text("dog\ncat\n")
+    for batch, says in ((9, f"tree: {len(eight) + 1} nodes"), (500, "plain decoding is faster on cpu batch 500")):
+        out = cli("generate", "--model", tiny_folder, "--prompts-file", tmp_path / "p.txt", "--batch-size", batch,
+                  "--max-new-tokens", 3)[1]
+        assert says in out
+
+
+def test_limits_of_the_rows():
+    model = tiny_llama()
+    with pytest.raises(UserError, match="prompt 3 has 96 tokens"):
+        list(tinymedusa.generate(model, [[1], [1], [1] * 96], 5, batch_size=1))
