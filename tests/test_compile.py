@@ -19,7 +19,8 @@ def tokens(model, prompts, compiled=None, **options):
 
 
 def test_compiled_steps_give_the_tokens_of_eager_ones(tmp_path, monkeypatch, capfd):
-    """A tree at a temperature and the root, greedy: through windows of several sizes, and again from the disk."""
+    """A tree at a temperature and, in a batch that prompts wait for, the root: through windows of several sizes, and
+    again from the disk."""
     monkeypatch.setattr(tinymedusa, "cache_dir", lambda: str(tmp_path))
     monkeypatch.setitem(tinymedusa.COMPILE_OPTIONS, "max_autotune", False)       # a third of the compiler's time
     rng = random.Random(0)
@@ -29,20 +30,20 @@ def test_compiled_steps_give_the_tokens_of_eager_ones(tmp_path, monkeypatch, cap
     prompts = [random_prompt(rng, longest) for longest in (3, 40, 80, 150)]
     eager = [[tokens(model, [p], **way) for p in prompts] for way in ways]
     kept, accepted = {}, 0
-    for expected, way in zip(eager, ways, strict=True):
-        for prompt, (ids, steps) in zip(prompts, expected, strict=True):
-            assert tokens(model, [prompt], compiled=kept, **way) == (ids, steps)
-            accepted += len(ids[0]) - steps
+    for prompt, (ids, steps) in zip(prompts, eager[0], strict=True):
+        assert tokens(model, [prompt], compiled=kept, **ways[0]) == (ids, steps)
+        accepted += len(ids[0]) - steps
+    assert tokens(model, prompts, compiled=kept, batch_size=2)[0] == [ids[0] for ids, _ in eager[1]]
     assert len(kept) == 2 and accepted > 10 and capfd.readouterr().err.count("compiling a step") == 2
     files = sorted(tmp_path.rglob("*.pt2"))
     assert len(files) == 2
     fresh = {}                                                                   # as another process would: only loaded
-    assert tokens(model, [prompts[1]], compiled=fresh) == eager[1][1] and "compiling" not in capfd.readouterr().err
+    assert tokens(model, [prompts[1]], compiled=fresh, **ways[0]) == eager[0][1] and "compiling" not in capfd.readouterr().err
     with torch.no_grad():
         model.layers[0].o_proj.mul_(1.5)                                         # other weights: another file
     monkeypatch.setattr(torch.export, "export", lambda *a, **k: pytest.fail("asked to compile, as it should"))
     with pytest.raises(pytest.fail.Exception):
-        tokens(model, [prompts[1]], compiled={})
+        tokens(model, [prompts[1]], compiled={}, **ways[0])
 
 
 def test_what_cannot_be_compiled_is_one_line(monkeypatch, tmp_path, tiny_folder, cli):
