@@ -734,7 +734,7 @@ def compile_step(model: Llama, heads: MedusaHeads | None, tree: Tree, state: Sta
                 warnings.simplefilter("ignore")
                 exported = torch.export.export(graph, (torch.arange(64), *state), dynamic_shapes=shapes, strict=False)
                 write_atomic(path, lambda temporary: torch._inductor.aoti_compile_and_package(
-                    exported, package_path=str(temporary), inductor_configs=dict(COMPILE_OPTIONS)))    # torch adds to it
+                    exported, package_path=str(temporary), inductor_configs={**COMPILE_OPTIONS}))   # torch adds to it
         run = torch._inductor.aoti_load_package(str(path)).loader.run
     except UserError:
         raise

@@ -1,0 +1,143 @@
+"""Where does Medusa stop paying? Tokens per second at batch sizes 1 to 32, plain decoding and trees of several sizes.
+
+    python benchmarks/batch.py --threads 1 --compile                        # the embedded model, both modes
+    python benchmarks/batch.py --model DIR --trees docs/results/batch-model.json --name 110M --threads 2
+
+Prompts wait for a row as with `generate.py --prompts-file`. Every contestant of a batch size decodes the same prompts, in
+turns, so that what else the machine does hits all alike; medians over the rounds. Trees are grown on the model's own
+texts (as `generate.py --tune` does), or taken from an earlier result. Writes docs/results/batch-NAME.json and .md.
+"""
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import generate as script  # noqa: E402
+from llama import Llama, Tokenizer, command_line, read_json, write_atomic, write_json  # noqa: E402
+from prepare_data import openings_of  # noqa: E402
+from tinymedusa import MedusaHeads, generate, grow_tree, path_hits, set_threads  # noqa: E402
+from train_heads import evaluate  # noqa: E402
+
+
+def grown(model, tokenizer, heads, sizes, tune) -> dict:
+    """Number of nodes → paths: the trees of the paths that were right most often in the model's own texts."""
+    documents = script.own_texts(model, tokenizer, script.arguments(["--tune", tune]))
+    hits = path_hits(evaluate(model, heads, documents, 4096)[1])
+    return {nodes: grow_tree(hits, nodes - 1) for nodes in sizes}
+
+
+def decode(model, prompts, batch, heads, paths, compiled, args) -> dict:
+    """One run over all prompts: texts, seconds, steps, and the tokens that a row's step emits."""
+    begin, texts, steps, counts = time.perf_counter(), [[] for _ in prompts], 0, Counter()
+    for step in generate(model, prompts, args.max_new_tokens, heads=heads, tree=heads.tree(paths), batch_size=batch,
+                         compiled=compiled):
+        steps += 1
+        for i, ids in step.items():
+            counts[len(ids)] += bool(texts[i])
+            texts[i] += ids
+    tokens = sum(map(len, texts))
+    return {"texts": texts, "tokens_per_second": tokens / (time.perf_counter() - begin), "steps": steps - 1,
+            "tokens_per_step": (tokens - len(prompts)) / counts.total()}
+
+
+def measured(model, encoded, batch, heads, trees, mode, args) -> list[dict]:
+    """A row of the table for plain decoding and for each tree, at one batch size."""
+    prompts = (encoded * 99)[:max(args.prompts, args.waves * batch)]
+    compiled = {} if mode == "compiled" else None
+    runs = {nodes: [] for nodes in trees}
+    for round_number in tqdm(range(args.rounds + 1), desc=f"{mode}, batch {batch}"):
+        for nodes, paths in trees.items():
+            if compiled is not None and round_number == 0:                      # compiles: not timed
+                decode(model, prompts[:batch], batch, heads, paths, compiled, args)
+            run = decode(model, prompts, batch, heads, paths, compiled, args)
+            runs[nodes] += [run] * (round_number > 0)                           # the first one warms up
+    rows = []
+    for nodes, some in runs.items():
+        speeds = [run["tokens_per_second"] for run in some]
+        low, _, high = statistics.quantiles(speeds) if len(speeds) > 1 else speeds * 3
+        same = sum(a == b for a, b in zip(some[0]["texts"], runs[1][0]["texts"], strict=True))
+        tokens = sum(map(len, some[0]["texts"]))
+        rows.append({"mode": mode, "batch": batch, "nodes": nodes, "prompts": len(prompts), "tokens": tokens,
+                     "tokens_per_second": round(statistics.median(speeds), 1), "quartiles": [round(low), round(high)],
+                     "tokens_per_step": round(some[0]["tokens_per_step"], 3), "identical": same,
+                     "step_ms": round(1000 * tokens / statistics.median(speeds) / some[0]["steps"], 3)})
+    return rows
+
+
+def table(result) -> str:
+    """Markdown: for each mode and batch size plain decoding, every tree as a ratio to it, and the best one."""
+    sizes = sorted({row["nodes"] for row in result["rows"]} - {1})
+    lines = [f"### {result['title']}", "", f"`{result['command']}`; {result['machine']}", "",
+             "| | batch | plain tokens/s | " + " | ".join(f"{n} nodes" for n in sizes) + " | best tokens/s | same texts |",
+             "|---" * (len(sizes) + 5) + "|"]
+    for mode, batch in dict.fromkeys((row["mode"], row["batch"]) for row in result["rows"]):
+        rows = {r["nodes"]: r for r in result["rows"] if (r["mode"], r["batch"]) == (mode, batch)}
+        plain, best = rows[1], max(rows.values(), key=lambda r: r["tokens_per_second"])
+        ratio = [f"{rows[n]['tokens_per_second'] / plain['tokens_per_second']:.2f}" if n in rows else "" for n in sizes]
+        ratio = [f"**{r}**" if n == best["nodes"] else r for n, r in zip(sizes, ratio, strict=True)]
+        name = "plain" if best is plain else f"{best['nodes']} nodes"
+        lines.append(f"| {mode} | {batch} | {plain['tokens_per_second']:.0f} | " + " | ".join(ratio) +
+                     f" | {best['tokens_per_second']:.0f}, {name} | "
+                     f"{sum(r['identical'] for r in rows.values())} of {sum(r['prompts'] for r in rows.values())} |")
+    return "\n".join(lines) + "\n"
+
+
+def processor() -> str:
+    """The processor's name as Linux tells it, else the architecture."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.is_file() else []
+    return names[0] if names else platform.machine()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(ROOT / "model"))
+    parser.add_argument("--name", default="model")
+    parser.add_argument("--trees", metavar="FILE", help="an earlier result, for its trees")
+    parser.add_argument("--tune", default=str(ROOT / "model" / "tune.txt"))
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[2, 3, 4, 6, 8, 16])
+    parser.add_argument("--compile", type=int, nargs="*", metavar="NODES", help="these sizes compiled, too (2 4 8)")
+    parser.add_argument("--prompts", type=int, default=16, help="at least so many,")
+    parser.add_argument("--waves", type=int, default=2, help="and so many times the batch size")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    model = Llama.from_pretrained(args.model)
+    heads, tokenizer = MedusaHeads.from_pretrained(f"{args.model}/medusa", model), Tokenizer(args.model, model.config)
+    sizes = sorted({*args.nodes, *(args.compile or ())})
+    trees = {int(n): paths for n, paths in read_json(args.trees)["trees"].items()} if args.trees else \
+        grown(model, tokenizer, heads, sizes, args.tune)
+    trees = {1: []} | {n: trees[n] for n in sizes}
+    encoded = tokenizer.encode_batch(openings_of(ROOT / "benchmarks" / "openings.txt"))
+    model.pack()
+    set_threads(model, args.threads)
+    out = ROOT / "docs" / "results" / f"batch-{args.name}"
+    result = {"title": f"{args.name}, {args.threads} thread{'s' * (args.threads > 1)}, batches",
+              "command": " ".join(["python", "benchmarks/batch.py", *(Path(a).name if a.startswith("/") else a
+                                                                      for a in sys.argv[1:])]),
+              "machine": f"{len(script.os.sched_getaffinity(0))} cores, {processor()}, Python "
+                         f"{platform.python_version()}, torch {torch.__version__}",
+              "trees": trees, "rows": []}
+    modes = {"eager": args.nodes} | ({} if args.compile is None else {"compiled": args.compile or [2, 4, 8]})
+    for mode, nodes in modes.items():
+        for batch in args.batch_sizes:
+            result["rows"] += measured(model, encoded, batch, heads, {n: trees[n] for n in (1, *nodes)}, mode, args)
+            write_json(out.with_suffix(".json"), result)
+            write_atomic(out.with_suffix(".md"), lambda path: path.write_text(table(result), encoding="utf-8"))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    command_line(main)
