@@ -3,12 +3,11 @@
     python benchmarks/batch.py --threads 1 --compile                        # the embedded model, both modes
     python benchmarks/batch.py --model DIR --trees docs/results/batch-model.json --name 110M --threads 2
 
-Prompts wait for a row as with `generate.py --prompts-file`. Every contestant of a batch size decodes the same prompts, in
-turns, so that what else the machine does hits all alike; medians over the rounds. Trees are grown on the model's own
+Prompts wait for a row as with `generate.py --prompts-file`. Every contestant of a batch size decodes the same prompts,
+in turns, so that what else the machine does hits all alike; medians over the rounds. Trees are grown on the model's own
 texts (as `generate.py --tune` does), or taken from an earlier result. Writes docs/results/batch-NAME.json and .md.
 """
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -77,7 +76,7 @@ def table(result) -> str:
     """Markdown: for each mode and batch size plain decoding, every tree as a ratio to it, and the best one."""
     sizes = sorted({row["nodes"] for row in result["rows"]} - {1})
     lines = [f"### {result['title']}", "", f"`{result['command']}`; {result['machine']}", "",
-             "| | batch | plain tokens/s | " + " | ".join(f"{n} nodes" for n in sizes) + " | best tokens/s | same texts |",
+             f"| | batch | plain tokens/s | {' | '.join(f'{n} nodes' for n in sizes)} | best tokens/s | same texts |",
              "|---" * (len(sizes) + 5) + "|"]
     for mode, batch in dict.fromkeys((row["mode"], row["batch"]) for row in result["rows"]):
         rows = {r["nodes"]: r for r in result["rows"] if (r["mode"], r["batch"]) == (mode, batch)}
@@ -94,9 +93,8 @@ def table(result) -> str:
 def processor() -> str:
     """The processor's name as Linux tells it, else the architecture."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.is_file() else []
-    return names[0] if names else platform.machine()
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main():
