@@ -11,6 +11,10 @@
 steps counts decoding steps. The prefill emits the first token, so tokens_per_step = (new_tokens - 1) / steps, which is
 exactly 1 for plain decoding. seconds is prefill and decoding together, without loading and without printing.
 """
+if __name__ == "__main__":      # Ctrl-C while torch is imported: an end without a traceback, as `command_line`'s later
+    import signal
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 import json
 import os
 import statistics
@@ -114,8 +118,16 @@ def run(model: Llama, tokenizer: Tokenizer, ids: list, args, seed: int, heads, t
             accepted[len(tokens[0]) - 1] += len(new) > 0
             new += tokens[0]
     if args.trace:
-        write_atomic(args.trace, lambda path: profiler.export_chrome_trace(str(path)))
+        write_atomic(args.trace, lambda path: export_trace(profiler, path))
     return {"text": text, "token_ids": new, **figures(len(new), 1, accepted, seconds, stages)}
+
+
+def export_trace(profiler, path: Path) -> None:
+    """torch's own export, which after a failure only prints something and leaves a file behind."""
+    profiler.export_chrome_trace(str(path))
+    if not path.exists():
+        path.with_name(f"{path.name}.tmp").unlink(missing_ok=True)
+        raise UserError("can't write the trace: is the disk full?")
 
 
 def figures(tokens: int, texts: int, accepted: Counter, seconds: float, stages: Stages) -> dict:
@@ -462,7 +474,7 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads, path: str, args
     print(f"{1:>5}{0:>7}{1:>13.3f}{1000 * plain:>10.3f}{batch / plain:>10.1f}   plain decoding")
     for i, row in enumerate(rows):
         print("{:>5}{:>7}{:>13.3f}{:>10.3f}{:>10.1f}".format(*row.values()) + "   <- best tree" * (i == best))
-    print(f"{path}: {tuned['remark']}\n{trees[best].draw()}")
+    print(f"{path}: {tuned['remark']}\n{trees[best]}")
 
 
 # ---------------------------------------------------------------------------------------------------------- report

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -70,7 +71,13 @@ def device(text: str) -> str:
 
 
 def command_line(main) -> None:
-    """Runs a script: an input error is one line on stderr and status 2, Ctrl-C status 130, a closed pipe the end."""
+    """Runs a script: an input error is one line on stderr and status 2, Ctrl-C status 130, SIGTERM 143, a closed pipe
+    the end. What was being written is taken away (`write_atomic`)."""
+    def terminate(number, frame):
+        signal.signal(number, signal.SIG_IGN)           # asked once is enough
+        sys.exit(128 + number)
+    wanted = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    before = {n: signal.signal(n, wanted[n]) for n in wanted if signal.getsignal(n) != signal.SIG_IGN}
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")        # a terminal without é is no reason to stop
     try:
@@ -84,6 +91,9 @@ def command_line(main) -> None:
     except (UserError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -810,8 +820,10 @@ def write_atomic(path, write) -> None:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)              # safetensors makes files that only their owner may read
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"can't write {path}: {getattr(error, 'strerror', None) or error}") from error
+    except (OSError, SafetensorError, RuntimeError) as error:
+        said = getattr(error, "strerror", None) or error
+        said = "torch could not write all of it: is the disk full?" if isinstance(error, RuntimeError) else said
+        raise UserError(f"can't write {path}: {said}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()

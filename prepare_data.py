@@ -14,6 +14,10 @@ document begins, loss 1 where heads should learn the token (the text, or what th
 where it is a prompt or bos. Documents stand one after the other, with eos between. The JSON beside it holds the
 tokenizer's hash, the counts and the source; it is written last, so a file without it is not whole.
 """
+if __name__ == "__main__":      # Ctrl-C while torch is imported: an end without a traceback, as `command_line`'s later
+    import signal
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 import hashlib
 import json
 import os
@@ -77,7 +81,7 @@ def write_tokens(path, documents, tokenizer: Tokenizer, vocab_size: int, source:
 def read_tokens(path, tokenizer: Tokenizer) -> list[np.ndarray]:
     """The documents of a token file, arrays of entries, as views of the mapped file.
 
-    Raises UserError: no such file, not whole, or written with another tokenizer.
+    Raises UserError: no such file, not whole, damaged, or written with another tokenizer.
     """
     path, facts = Path(path), Path(f"{path}.json")
     if not path.is_file():
@@ -96,6 +100,8 @@ def read_tokens(path, tokenizer: Tokenizer) -> list[np.ndarray]:
     if stream.max() // 4 >= tokenizer.size:
         raise UserError(f"{path} holds the id {stream.max() // 4}, the tokenizer only {tokenizer.size}: "
                         "prepare it again")
+    if hashlib.sha256(stream).hexdigest() != data["sha256"]:        # two runs that wrote it at once, for one
+        raise UserError(f"{path} is not what {facts.name} says: prepare it again")
     return np.split(stream, np.flatnonzero(stream & 2)[1:])
 
 

@@ -124,15 +124,19 @@ class Tree(NamedTuple):
         move = lambda fields: [f.to(device) if isinstance(f, Tensor) else f for f in fields]
         return Tree(*move(self[:-1]), [Level(*move(level)) for level in self.levels])
 
-    def draw(self) -> str:
-        """The tree as text, a node's rank a line."""
+    def draw(self) -> list[tuple[int, str]]:
+        """The tree as text: for each node from top to bottom, its number and the branches in front of it."""
         def lines(node, before):
             children = [i for i in range(1, len(self.paths)) if self.parent[i] == node]
             for child in children:
                 last = child == children[-1]
-                yield f"{before}{'└─' if last else '├─'}{self.paths[child][-1]}"
+                yield child, f"{before}{'└─' if last else '├─'}"
                 yield from lines(child, before + ("  " if last else "│ "))
-        return "\n".join(["root", *lines(0, "")])
+        return [(0, ""), *lines(0, "")]
+
+    def __str__(self) -> str:
+        """The tree with a node's rank a line."""
+        return "\n".join(branches + (str(self.paths[node][-1]) if node else "root") for node, branches in self.draw())
 
 
 def path_hits(ranks: list, widest: int = 32) -> Counter:

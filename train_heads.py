@@ -14,6 +14,10 @@ just as at generation; --pack cuts the stream into rows of equal length instead,
 sees what stands before it in its row, but no head is asked to guess across a boundary.
 Every 50th document is held out. Definitions of what is printed at the end: see `evaluate` and `tinymedusa.walk`.
 """
+if __name__ == "__main__":      # Ctrl-C while torch is imported: an end without a traceback, as `command_line`'s later
+    import signal
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 import copy
 import json
 import math
@@ -24,6 +28,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+try:
+    import fcntl
+except ImportError:     # not on every system
+    fcntl = None
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -268,6 +276,21 @@ def train_step(model: Llama, heads: MedusaHeads, batches: list, original: Llama 
 
 
 @contextmanager
+def claimed(folder):
+    """Keeps another training out of a folder; nothing is left of the lock when the process ends, however it does."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl and shard()[0] == 0:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"another training is writing to {folder}: give --out another folder") from None
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def interruptible():
     """Ctrl-C and SIGTERM only fill the list that this yields: the training ends behind the current step, not in it."""
     asked = []
@@ -479,6 +502,20 @@ def save(args, model: Llama, heads: MedusaHeads) -> Path:
     return folder
 
 
+def untrained(args, model: Llama, documents: list) -> MedusaHeads:
+    token_map = args.draft_vocab and most_frequent(documents, args.draft_vocab, model.config.vocab_size)
+    return MedusaHeads.untrained(model, args.num_heads, num_layers=args.num_layers, width=args.width,
+                                 tie_lm_head=args.tie_lm_head, kind=args.kind, recent=args.recent, token_map=token_map)
+
+
+def save_tree(folder: Path, heads: MedusaHeads, ranks: list, own: list, nodes: int):
+    """Writes the tree of the paths that were right most often in the held-out text: see `evaluate`."""
+    paths = grow_tree(path_hits(ranks), nodes)
+    write_json(folder / "tree.json", {"paths": paths, "source": f"joint hits at {sum(map(len, own))} held-out places "
+                                      "of the heads' own data"})
+    return heads.tree(paths)
+
+
 def main():
     args = arguments()
     if Path(args.out).is_file():
@@ -499,32 +536,26 @@ def main():
         set_threads(model, rows=64)
     tokenizer = Tokenizer(args.model, model.config)
     documents, held_out = split(args, tokenizer, model.config.max_position_embeddings)
-    out = {"out": str(args.out)}
+    out, evaluated = {"out": str(args.out)}, lambda heads: evaluate(model, heads, held_out, args.batch_tokens)
     if args.eval:
         heads = MedusaHeads.from_pretrained(args.out, model)
         tree, _ = load_tree(args.out, heads)
-        figures, ranks, own = evaluate(model, heads, held_out, args.batch_tokens)
+        figures, ranks, own = evaluated(heads)
     else:
-        token_map = args.draft_vocab and most_frequent(documents, args.draft_vocab, model.config.vocab_size)
-        heads = MedusaHeads.untrained(model, args.num_heads, num_layers=args.num_layers, width=args.width,
-                                      tie_lm_head=args.tie_lm_head, kind=args.kind, recent=args.recent,
-                                      token_map=token_map)
-        before = args.medusa_2 and evaluate(model, heads, held_out, args.batch_tokens)[0]["base_loss"]
-        train(model, heads, documents, args)
-        if world > 1:
-            dist.barrier()                 # none may leave while another still listens
-            dist.destroy_process_group()
-        if rank > 0:
-            return
-        folder = save(args, model, heads)
-        heads = MedusaHeads.from_pretrained(folder, model)                       # as stored
-        figures, ranks, own = evaluate(model, heads, held_out, args.batch_tokens)
-        paths = grow_tree(path_hits(ranks), args.tree_nodes)
-        write_json(folder / "tree.json", {"paths": paths, "source": f"joint hits at {sum(map(len, own))} held-out "
-                                          "places of the heads' own data"})
-        (Path(args.out) / "checkpoint.pt").unlink(missing_ok=True)
-        tree = heads.tree(paths)
-        out |= {"base_loss_before": before} if args.medusa_2 else {}
+        heads = untrained(args, model, documents)
+        out |= {"base_loss_before": evaluated(heads)[0]["base_loss"]} if args.medusa_2 else {}
+        with claimed(args.out):
+            train(model, heads, documents, args)
+            if world > 1:
+                dist.barrier()                 # none may leave while another still listens
+                dist.destroy_process_group()
+            if rank > 0:
+                return
+            folder = save(args, model, heads)
+            heads = MedusaHeads.from_pretrained(folder, model)                   # as stored
+            figures, ranks, own = evaluated(heads)
+            tree = save_tree(folder, heads, ranks, own, args.tree_nodes)
+            (Path(args.out) / "checkpoint.pt").unlink(missing_ok=True)
     result = out | {"kind": heads.kind, "parameters": heads.size(), **figures,
                     "acceptance": walk(tree, ranks, own)}
     print(json.dumps(result) if args.json else report(result))

@@ -186,6 +186,7 @@ def edit(path, **change):
     (lambda f: f.with_name("a.bin.json").write_text('{"dtype": "uint16"}'), "not a token file of this version"),
     (lambda f: edit(f, tokens=None), "not a token file of this version"),
     (lambda f: f.write_bytes(b"\1\0\0\5\2\0"), "holds the id 320, the tokenizer only 300"),
+    (lambda f: f.write_bytes(b"\1\0\0\1\2\0"), "a.bin is not what a.bin.json says: prepare it again"),
     (lambda f: byte_tokenizer(f.with_name("tokenizer.json"), 280), "written with another tokenizer"),
 ])
 def test_damaged_files_are_refused(tmp_path, tokenizer, damage, says):

@@ -79,7 +79,7 @@ def test_the_root_alone():
 
 def test_draw():
     tree = Tree.from_paths([[0], [1], [0, 0], [0, 2], [0, 0, 1]], 3, 12)
-    assert tree.draw().splitlines() == ["root", "├─0", "│ ├─0", "│ │ └─1", "│ └─2", "└─1"]
+    assert str(tree).splitlines() == ["root", "├─0", "│ ├─0", "│ │ └─1", "│ └─2", "└─1"]
 
 
 @pytest.mark.parametrize("paths, says", [

@@ -1,0 +1,219 @@
+"""Stopped at any moment, by Ctrl-C, SIGTERM or kill -9, or by a full disk: no traceback, nothing that passes for whole.
+
+Scripts run in children forked by a server (`SERVER`) that has torch imported, so that dozens of them take seconds.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from llama import Llama, LlamaConfig, Tokenizer, UserError
+from prepare_data import read_tokens
+from tinymedusa import MedusaHeads, load_tree
+
+SERVER = """
+import fcntl, json, os, resource, signal, sys, time
+import generate, prepare_data, train_heads, torch
+torch.set_num_threads(1)
+from llama import command_line
+for line in sys.stdin:
+    script, argv, err, delay, number, largest = json.loads(line)
+    read, write = os.pipe()                     # a file would be subject to the limit
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 2 ** 20)
+    child = os.fork()
+    if not child:
+        os.chdir(os.path.dirname(err))
+        os.dup2(write, 2)
+        os.dup2(os.open(err + ".out", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
+        if largest:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        for n in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(n, signal.SIG_DFL)
+        sys.argv, status = [script + ".py", *argv], 0
+        try:
+            command_line(sys.modules[script].main)
+        except SystemExit as stop:
+            status = stop.code or 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        os._exit(status)
+    if number:
+        time.sleep(delay)
+        try:
+            os.kill(child, number)
+        except ProcessLookupError:
+            pass
+    begin = time.perf_counter()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    seconds = time.perf_counter() - begin
+    os.close(write)
+    with open(err, "wb") as file, open(read, "rb") as said:
+        file.write(said.read())
+    print(status, seconds, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          env=environment) as process:
+        def run(script, *argv, folder, delay=0.0, number=0, largest=0):
+            err = folder / "stderr"
+            request = [script, list(map(str, argv)), str(err), delay, int(number), largest]
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            status, seconds = process.stdout.readline().split()
+            return int(status), err.read_text(), Path(f"{err}.out").read_text(), float(seconds)
+        yield run
+        process.stdin.close()
+
+
+@pytest.fixture
+def work(tiny_folder, tmp_path):
+    """A folder with texts, and what the three scripts are asked to do in it."""
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"the dog {i} saw a cat " * 3 for i in range(120)))
+    (tmp_path / "o.txt").write_text("\n".join(f"the dog {i}" for i in range(30)))
+    model = ["--model", tiny_folder]
+    return tmp_path, {
+        "generate": ["generate", *model, "--prompt", "the dog", "--prompt", "a", "--json", "--max-new-tokens", "50"],
+        "batch": ["generate", *model, "--prompts-file", "o.txt", "--batch-size", "4", "--max-new-tokens", "50"],
+        "tune": ["generate", *model, "--tune", "o.txt", "--max-new-tokens", "20", "--tree", "tree.json"],
+        "interactive": ["generate", *model, "--interactive"],
+        "tokenise": ["prepare_data", *model, "--text", "t.txt", "--out", "a.bin"],
+        "distill": ["prepare_data", *model, "--openings", "o.txt", "--out", "a.bin", "--max-new-tokens", "50"],
+        "train": ["train_heads", *model, "--data", "d.bin", "--out", "h", "--epochs", "10", "--save-every", "5"]}
+
+
+def whole_or_absent(folder):
+    """No temporary file, and whatever stands there can be used."""
+    model, left = Llama.from_pretrained(folder / "tiny"), [p.name for p in folder.rglob("*") if ".tmp" in p.name]
+    tokenizer = Tokenizer(folder / "tiny", model.config)
+    assert not left, left
+    if (folder / "a.bin.json").exists():
+        assert read_tokens(folder / "a.bin", tokenizer)
+    if (folder / "h" / "config.json").exists():
+        heads = MedusaHeads.from_pretrained(folder / "h", model)
+        load_tree(folder / "h", heads)
+    if (folder / "tree.json").exists():
+        load_tree(folder / "tiny/medusa", MedusaHeads.from_pretrained(folder / "tiny/medusa", model),
+                  str(folder / "tree.json"), "cpu")
+
+
+@pytest.mark.parametrize("name", ["generate", "batch", "tune", "tokenise", "distill", "train"])
+def test_a_signal_at_any_moment(name, server, work):
+    folder, does = work
+    server("prepare_data", "--model", folder / "tiny", "--text", "t.txt", "--out", "d.bin", folder=folder)
+    whole, rng, seen = server(*does[name], folder=folder)[3], random.Random(name), set()
+    for i in range(4 if name == "train" else 8):
+        number, delay = (signal.SIGINT, signal.SIGTERM)[i % 2], whole * (i + rng.random()) / (4 if name == "train" else 8)
+        for stale in ("a.bin.json", "a.bin", "h/checkpoint.pt"):
+            (folder / stale).unlink(missing_ok=True)
+        status, err, out, seconds = server(*does[name], folder=folder, delay=delay, number=number)
+        assert "Traceback" not in err and "rror" not in err, err
+        assert status in (0, 128 + number, 130, -number) and seconds < 10, (status, err)
+        assert status >= 0 or not out and not err                                # below 0: before main began
+        assert [json.loads(line) for line in out.splitlines()] if name == "generate" and out.endswith("\n") else True
+        whole_or_absent(folder)
+        seen.add(status)
+    assert {130} <= seen and (name == "train" or 143 in seen), seen              # a training ends by both alike
+
+
+def test_ctrl_c_while_torch_is_imported(work):
+    """In a process of its own: the scripts take care before they import anything that takes long."""
+    folder, does = work
+    for name in ("generate", "tokenise", "train"):
+        script, *argv = map(str, does[name])
+        process = subprocess.Popen([sys.executable, ROOT / f"{script}.py", *argv], cwd=folder, stderr=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(
+                                       signal.SIGINT, signal.default_int_handler))
+        time.sleep(0.25)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+        assert process.returncode == -signal.SIGINT and not out and b"Traceback" not in err, err
+
+
+def test_kill_9_loses_no_more_than_the_last_interval(server, work):
+    folder, does = work
+    server("prepare_data", "--model", folder / "tiny", "--text", "t.txt", "--out", "d.bin", folder=folder)
+    status, err, whole, seconds = server(*does["train"], "--log-every", 1, "--json", folder=folder)
+    assert status == 0, err
+    shutil.rmtree(folder / "h")
+    status, *_ = server(*does["train"], "--log-every", 1, folder=folder, delay=seconds / 2, number=signal.SIGKILL)
+    assert status == -signal.SIGKILL and not (folder / "h/config.json").exists()
+    logged = [json.loads(line)["step"] for line in (folder / "h/metrics.jsonl").read_text().splitlines()]
+    status, err, out, _ = server(*does["train"], "--log-every", 1, "--resume", "--json", folder=folder)
+    assert status == 0, err
+    first = int(err.split("training heads:")[1].split("/")[0].rpartition(" ")[2])            # where its bar begins
+    assert logged[-1] - 5 <= first <= logged[-1] + 1 and first % 5 == 0 and first >= 5
+    assert json.loads(out) == json.loads(whole)                                  # the very same training
+
+
+@pytest.mark.parametrize("name", ["tokenise", "distill"])
+def test_kill_9_while_data_are_prepared_leaves_nothing_to_take_for_whole(name, server, work):
+    folder, does = work
+    tokenizer = Tokenizer(folder / "tiny", LlamaConfig(vocab_size=300))
+    killed, seconds = 0, server(*does[name], folder=folder)[3]
+    for delay in (0.1 * seconds, 0.3 * seconds, 0.5 * seconds, 0.7 * seconds, 0.9 * seconds):
+        for path in folder.glob("*a.bin*"):
+            path.unlink()
+        killed += server(*does[name], folder=folder, delay=delay, number=signal.SIGKILL)[0] == -signal.SIGKILL
+        try:
+            assert read_tokens(folder / "a.bin", tokenizer)
+        except UserError as error:
+            assert "no token file" in str(error) or "was the preparation of" in str(error)
+    assert killed >= 2
+
+
+@pytest.mark.parametrize("name, more, largest", [
+    ("tokenise", [], 5000), ("distill", [], 500), ("tune", [], 500), ("generate", ["--trace", "t.json"], 2000),
+    ("train", ["--epochs", 1], 5000), ("train", ["--epochs", 1, "--save-every", 1], 100_000),
+    ("train", ["--epochs", 1], 100), ("train", ["--epochs", 1, "--medusa-2"], 50_000), ("generate", [], 200)])
+def test_a_full_disk(name, more, largest, server, work):
+    """Files may not grow beyond a size: one line, status 2, no half file, and what stood there before still stands."""
+    folder, does = work
+    server("prepare_data", "--model", folder / "tiny", "--text", "t.txt", "--out", "d.bin", folder=folder)
+    (folder / "a.bin").write_bytes(b"old")
+    status, err, out, _ = server(*does[name], *more, folder=folder, largest=largest)
+    line = err.replace("\r", "\n").splitlines()[-1]
+    assert status == 2 and "Traceback" not in err, err
+    assert line.startswith(f"{does[name][0]}.py: ") and ("can't write" in line or "File too large" in line), err
+    assert (folder / "a.bin").read_bytes() == b"old" and not list(folder.glob("h/config.json"))
+    (folder / "a.bin").unlink()
+    whole_or_absent(folder)
+
+
+def test_two_runs_that_write_the_same_file(server, work):
+    """Token files: the last one wins whole. Heads: the second training is refused while the first one runs."""
+    folder, does = work
+    tokenizer = Tokenizer(folder / "tiny", LlamaConfig(vocab_size=300))
+    prepare = [sys.executable, ROOT / "prepare_data.py", *does["tokenise"][1:]]
+    both = [subprocess.Popen([*map(str, prepare), "--limit", limit], cwd=folder, stdout=subprocess.PIPE,
+                             stderr=subprocess.DEVNULL) for limit in ("100", "110")]
+    assert [p.wait(60) for p in both] == [0, 0]
+    assert len(read_tokens(folder / "a.bin", tokenizer)) in (100, 110) and not list(folder.glob(".tmp*"))
+    (folder / "a.bin").rename(folder / "d.bin")
+    (folder / "a.bin.json").rename(folder / "d.bin.json")
+    train = [sys.executable, ROOT / "train_heads.py", *does["train"][1:], "--epochs", "4000"]
+    first = subprocess.Popen(list(map(str, train)), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while not (folder / "h/metrics.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    status, err, _, _ = server(*does["train"], folder=folder)
+    assert status == 2 and "another training is writing to h: give --out another folder" in err
+    first.terminate()
+    assert first.wait(20) == 130
+    status, err, _, _ = server(*does["train"], "--epochs", 4000, "--resume", folder=folder, delay=0.5,
+                               number=signal.SIGINT)
+    assert status == 130 and (folder / "h/checkpoint.pt").exists()
