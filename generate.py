@@ -16,30 +16,27 @@ if __name__ == "__main__":      # Ctrl-C while torch is imported: an end without
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 import json
-import os
-import statistics
 import sys
 import time
 from argparse import ArgumentTypeError
 from collections import Counter
-from contextlib import nullcontext, suppress
-from itertools import chain, takewhile
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from extras.chat import Chat, interactive
+from extras.explain import explaining
+from extras.report import printer, report
+from extras.tune import tune
 from llama import (DTYPES, LARGE, SEED, ArgumentParser, Llama, Tokenizer, UserError, command_line, device, locate,
-                   model_name, number, read_json, threads, write_atomic, write_json)
-from prepare_data import SYSTEM, continuations, json_lines, mended, openings_of, question, read_lines
+                   model_name, number, read_json, threads, write_atomic)
+from prepare_data import SYSTEM, json_lines, mended, question, read_lines
 from tinymedusa import (LARGEST_COMPILED, MedusaHeads, Sampling, Stages, Tree, base_of, call, check_prompts,
-                        choice_margin, generate, grow_tree, load_tree, path_hits, set_threads, uniforms, walk,
-                        whole_cache)
-from train_heads import evaluate
+                        choice_margin, generate, load_tree, set_threads, uniforms)
 
-TUNE_NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)       # sizes of tree that --tune compares, the root included
-TUNE_NODES_COMPILED = (2, 4, 8, 16)
-TUNE_ROUNDS, TUNE_STEPS = 6, 10                            # each is timed that often, for that many steps
 REPEATS = 3     # timed runs of each mode with --compare, in turns; the median is reported
 OPENING = "Once upon a time, there was a little girl named Lily who loved to play in the garden."
 
@@ -97,12 +94,14 @@ def run(model: Llama, tokenizer: Tokenizer, ids: list, args, seed: int, heads, t
     and the head that guessed it, 0: the base itself."""
     stages = Stages(args.device)
     decode, runner = tokenizer.stream(ids), stages if args.profile else call
+    if args.explain:
+        runner, emit = explaining(tokenizer, ids), lambda text, head: None
     if args.trace:
         def runner(name, *do, inner=runner):
             with torch.profiler.record_function(name):
                 return inner(name, *do)
-    steps = generate(model, [ids], args.max_new_tokens, heads=heads, tree=tree, sampling=sampling(args), seeds=[seed],
-                     max_steps=args.max_steps, run=runner, compiled=args.compile, past=past)
+    steps = generate(model, [ids], args.max_new_tokens, heads=heads, tree=tree, sampling=args.sampling, seeds=[seed],
+                     max_steps=args.explain or args.max_steps, run=runner, compiled=args.compile, past=past)
     new, seconds, text, accepted = [], 0.0, "", Counter()   # the first that `generate` yields is the prefill's token
     with torch.profiler.profile() if args.trace else nullcontext() as profiler:
         while True:
@@ -145,7 +144,7 @@ def many(model: Llama, tokenizer: Tokenizer, prompts: list, encoded: list, heads
     before it are done; at last the figures of all together. A text's seconds are those of a row shared with others.
     """
     stages, begin = Stages(args.device), time.perf_counter()
-    steps = generate(model, encoded, args.max_new_tokens, heads=heads, tree=tree, sampling=sampling(args),
+    steps = generate(model, encoded, args.max_new_tokens, heads=heads, tree=tree, sampling=args.sampling,
                      seeds=range(args.seed, args.seed + len(prompts)), run=stages if args.profile else call,
                      compiled=args.compile, batch_size=args.batch_size)
     rows, done, everything, tokens, now, following = {}, {}, Counter(), 0, 0.0, 0
@@ -167,11 +166,6 @@ def many(model: Llama, tokenizer: Tokenizer, prompts: list, encoded: list, heads
     yield figures(tokens, len(prompts), everything, now, stages)
 
 
-def sampling(args) -> Sampling:
-    return Sampling(args.temperature, args.top_k, args.top_p,
-                    args.epsilon if args.acceptance == "typical" else None, args.delta)
-
-
 def ready(model: Llama, args) -> None:
     """Gets a model ready to decode, and for nothing else: weights packed (but not those to compile), threads chosen."""
     large = model.size() > LARGE
@@ -186,7 +180,7 @@ def compile_ahead(model: Llama, heads, tree, rows: int, args) -> None:
     """Compiles what will be needed, so that no run's time counts it; where that can't be done, goes on without."""
     try:
         for h, t in ((heads, tree), (None, None)) if args.compare else ((heads, tree),):
-            for _ in generate(model, [[0]] * rows, 2, heads=h, tree=t, sampling=sampling(args), compiled=args.compile):
+            for _ in generate(model, [[0]] * rows, 2, heads=h, tree=t, sampling=args.sampling, compiled=args.compile):
                 pass
     except UserError as error:
         print(f"{error}; going on without --compile", file=sys.stderr)
@@ -203,23 +197,7 @@ def first_difference(model: Llama, prompt: list, ours: list, plain: list, args, 
         ids = torch.tensor([prompt + plain[:position]], device=args.device)
         logits = model.lm_head(model(ids)[0, -1])
     u = uniforms([seed], position + 1)[0, -1].item()
-    return {"position": position, "margin": choice_margin(logits, u, sampling(args))}
-
-
-COLOURS = (36, 32, 33, 35, 34, 31)      # of heads 1, 2, ..; what the base wrote itself has the terminal's own
-
-
-def printer(args, before: str):
-    """Prints text as it comes, `before` in front of the first; nothing with --json."""
-    coloured = args.show_accepted and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-    def emit(text, head):
-        nonlocal before
-        if not args.json:
-            shown = f"\033[{COLOURS[(head - 1) % len(COLOURS)]}m{text}\033[0m" if coloured and head and text else text
-            print(before + shown, end="", flush=True)
-        before = ""
-    return emit
+    return {"position": position, "margin": choice_margin(logits, u, args.sampling)}
 
 
 def one_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, ids: list, seed: int, heads, tree, args) -> dict:
@@ -235,293 +213,10 @@ def one_prompt(model: Llama, tokenizer: Tokenizer, prompt: str, ids: list, seed:
     result = {"prompt": prompt, "prompt_tokens": len(ids), **result}
     same = min(len(baseline["token_ids"]), len(result["token_ids"])) if args.max_steps else None
     part = first_difference(model, ids, result["token_ids"], baseline["token_ids"], args, seed) \
-        if not sampling(args).is_typical else None
+        if not args.sampling.is_typical else None
     return result | {
         "baseline": baseline, "identical": baseline["token_ids"][:same] == result["token_ids"][:same],
         "speedup": round(baseline["seconds"] / result["seconds"], 3), "first_difference": part}
-
-
-# ------------------------------------------------------------------------------------------------------- interactive
-
-ROLES, VICUNA = ("USER", "ASSISTANT"), "vicuna_v1.1"
-HELP = """!!exit or an empty line: leave            !!reset: begin anew
-!!remove: take back the last round         !!regen: answer the last message anew
-!!save FILE, !!load FILE: the conversation as JSON
-Ctrl-C stops an answer."""
-
-
-class Chat:
-    """A conversation: rounds [message, answer, the answer's ids]. What the cache holds of it is not computed again.
-
-    With the vicuna template a round is a question and its answer. Plain, a message goes on with the text so far, and
-    behind an end of text begins a new one.
-    """
-    def __init__(self, model: Llama, tokenizer: Tokenizer, heads, tree, chat: bool, args):
-        self.model, self.tokenizer, self.heads, self.tree = model, tokenizer, heads, tree
-        self.chat, self.args = chat, args
-        self.rounds, self.system, self.answers = [], args.system, 0
-        self.cache, self.cached = whole_cache(model, 1), []     # and the ids whose keys and values it holds
-
-    def encode(self, rounds: list, message: str) -> list:
-        """The ids of some rounds and of a message behind them, up to where its answer begins."""
-        ids = []
-        for i, (text, answer, answer_ids) in enumerate([*rounds, (message, None, None)]):
-            text = question(i, text, self.system) if self.chat else text
-            if answer is not None and answer_ids is None:                                   # from a file
-                text += f" {answer}" if self.chat else answer
-            new = self.tokenizer.encode(text)
-            ids += (new if i == 0 else new[len(self.tokenizer.bos):]) + (answer_ids or [])
-            if self.chat and answer is not None and ids[-1:] != self.tokenizer.eos[:1]:     # an answer cut short
-                ids += self.tokenizer.eos[:1]
-        return ids
-
-    def prompt(self, message: str) -> list:
-        """All that the model is to see, without the oldest rounds where the context can't hold them and an answer."""
-        ended = [i for i, r in enumerate(self.rounds) if not self.chat and r[2] and r[2][-1] in self.tokenizer.eos]
-        rounds, context = self.rounds[ended[-1] + 1 if ended else 0:], self.model.config.max_position_embeddings
-        room, dropped = context - min(self.args.max_new_tokens, context // 2), 0
-        while len(ids := self.encode(rounds[dropped:], message)) > room and dropped < len(rounds):
-            dropped += 1
-        if dropped:
-            print(f"(the context of {context} tokens is full: the first {dropped} rounds are no longer seen)")
-        return ids
-
-    def answer(self, message: str) -> dict:
-        """The model's answer, streamed to the terminal; each one has a seed of its own."""
-        ids, args = self.prompt(message), self.args
-        check_prompts([ids], self.model.config)
-        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, self.cached, strict=False)))
-        self.cached, seed = ids[:kept], args.seed + self.answers        # all that is sure if Ctrl-C stops it
-        self.answers += 1
-        result = run(self.model, self.tokenizer, ids, args, seed, self.heads, self.tree,
-                     printer(args, "ASSISTANT:" if self.chat else message), (self.cache, kept))
-        self.cached = ids + result["token_ids"][:-1]
-        self.rounds.append([message, result["text"].strip() if self.chat else result["text"], result["token_ids"]])
-        return result
-
-    def show(self) -> None:
-        for message, answer, _ in self.rounds:
-            print(f"USER: {message}\nASSISTANT: {answer}" if self.chat else message + answer)
-
-    def save(self, path: str) -> None:
-        """In the format of FastChat, the original's."""
-        write_json(path, {"template_name": VICUNA if self.chat else "plain", "system_message": self.system,
-                          "roles": ROLES, "offset": 0,
-                          "messages": [pair for r in self.rounds for pair in zip(ROLES, r[:2], strict=True)]})
-
-    def load(self, path: str) -> None:
-        data, name = read_json(path), VICUNA if self.chat else "plain"
-        messages = data.get("messages")
-        if data.get("template_name") != name:
-            raise UserError(f"{path} has the template {data.get('template_name')!r}, this conversation {name!r}")
-        if not isinstance(messages, list) or not isinstance(data.get("system_message"), str) or not all(
-                isinstance(m, list) and len(m) == 2 and m[0] == ROLES[i % 2] and (isinstance(m[1], str) or m[1] is None)
-                for i, m in enumerate(messages)):
-            raise UserError(f"{path} is not a saved conversation: expected messages of {' and '.join(ROLES)} in turn")
-        pairs = zip(messages[::2], messages[1::2], strict=False)
-        self.rounds = [[m[1], a[1], None] for m, a in pairs if m[1] is not None and a[1] is not None]
-        self.system = data["system_message"]
-
-
-def read_message(args, label: str) -> str:
-    """What the user types; with --multiline up to Ctrl-D. Empty at the end of the input."""
-    with suppress(EOFError, KeyboardInterrupt):
-        if not args.multiline:
-            return input(label)
-        lines = [input(f"{label.rstrip(': ')} [ctrl-d/z on empty line to end]: ")]
-        with suppress(EOFError):
-            while True:
-                lines.append(input())
-        return "\n".join(lines)
-    print()
-    return ""
-
-
-def command(chat: Chat, name: str, file: str) -> str | None:
-    """One of the original's commands; a message to be answered once more, if any."""
-    if name in ("!!save", "!!load") and not file:
-        print(f"usage: {name} <filename>")
-    elif name == "!!save":
-        path = file if "." in file else file + ".json"
-        print(f"saving... {path}")
-        chat.save(path)
-    elif name == "!!load":
-        path = next((f for f in (file, file + ".json") if Path(f).is_file()), None)
-        print(f"loading... {path}" if path else f"file not found: {file}")
-        if path:
-            chat.load(path)
-            chat.show()
-    elif name == "!!reset":
-        print("resetting...")
-        chat.rounds = []
-    elif name in ("!!remove", "!!regen") and not chat.rounds:
-        print(f"No messages to {'remove' if name == '!!remove' else 'regenerate'}.")
-    elif name in ("!!remove", "!!regen"):
-        print("removing last message..." if name == "!!remove" else "regenerating last message...")
-        message = chat.rounds.pop()[0]
-        chat.show()
-        return message if name == "!!regen" else None
-    else:
-        print(HELP)
-    return None
-
-
-def interactive(chat: Chat) -> None:
-    """Reads messages and commands until !!exit, an empty line or the end of the input."""
-    with suppress(ImportError):
-        import readline  # noqa: F401 - line editing and history for input()
-    while (text := read_message(chat.args, "USER: " if chat.chat else "> ")).strip() not in ("", "!!exit"):
-        try:
-            if text.strip().startswith("!!"):
-                name, _, file = text.strip().partition(" ")
-                text = command(chat, name, file.strip())
-            if text is None:
-                continue
-            result = chat.answer(text)
-            print(f"\n[{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s, "
-                  f"{result['tokens_per_step'] or 0:.2f} tokens/step]")
-            if chat.args.profile:
-                print("\n".join([original_table(result), *(histogram(result) if chat.heads else [])]))
-        except KeyboardInterrupt:
-            print("\nstopped generation.")
-            chat.show()
-        except UserError as error:
-            print(error, file=sys.stderr)
-    print("exit...")
-
-
-# ------------------------------------------------------------------------------------------------------- the best tree
-
-def own_texts(model: Llama, tokenizer: Tokenizer, args) -> list:
-    """The model's continuations of the openings in --tune, as documents of a token file, shortest openings first."""
-    openings = tokenizer.encode_batch(openings_of(args.tune))
-    if len(openings) < 4:
-        raise UserError(f"{args.tune} holds {len(openings)} openings: --tune needs at least 4, better 200, one a line")
-    check_prompts(openings, model.config)
-    write = lambda prompts, seeds: generate(model, prompts, args.max_new_tokens, sampling=sampling(args), seeds=seeds)
-    texts = continuations(dict(enumerate(openings, args.seed)), write, batch_size=64)
-    return list(tqdm(texts, desc="writing texts", total=len(openings)))
-
-
-def step_seconds(model: Llama, heads, trees: list, prompts: list, args) -> list[float]:
-    """Seconds of a whole decoding step with each tree (None: plain), in turns, behind the prompts.
-
-    The lower quartile: what else the machine does only ever adds.
-    """
-    seconds = [[] for _ in trees]
-    for tree in tqdm(trees, desc="compiling") if args.compile is not None else ():
-        for _ in generate(model, prompts, 2, heads=heads, tree=tree, sampling=sampling(args), compiled=args.compile):
-            pass
-    for _ in tqdm(range(TUNE_ROUNDS), desc="timing"):
-        for tree, times in zip(trees, seconds, strict=True):
-            steps = generate(model, prompts, 10 * TUNE_STEPS, heads=heads, tree=tree, sampling=sampling(args),
-                             max_steps=TUNE_STEPS, compiled=args.compile)
-            next(steps)                                                          # the prefill
-            begin = time.perf_counter()
-            for _ in steps:
-                times.append(time.perf_counter() - begin)
-                begin = time.perf_counter()
-    return [statistics.quantiles(times)[0] for times in seconds]
-
-
-def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads, path: str, args) -> None:
-    """Writes to `path`, for this mode and --batch-size, the tree with the most expected tokens per second here.
-
-    The openings at even places grow the trees (joint hits), those at odd places forecast their tokens per step by a
-    walk; a step's cost is measured (Sequoia, arXiv 2402.12374, sizes trees by cost likewise). A tree must beat plain
-    decoding by 3 %, else the entry is the root alone.
-    """
-    documents = own_texts(model, tokenizer, args)
-    ranks, own = zip(*(evaluate(model, heads, half, 4096)[1:]
-                       for half in (documents[::2], documents[1::2])), strict=True)
-    hits = path_hits(ranks[0])
-    depths = [d for d in (1, 2, 3, 4, 5, 6, 8, 12, 16) if d < heads.num_heads] if heads.kind == "hydra" else []
-    if args.compile is not None:                                                 # each size costs half a minute
-        depths = []
-    grown = {json.dumps(paths): paths for nodes in (TUNE_NODES if args.compile is None else TUNE_NODES_COMPILED)
-             for deepest in (*depths, heads.num_heads) if (paths := grow_tree(hits, nodes - 1, deepest))}
-    if not grown or not any(map(torch.any, own[1])):
-        raise UserError("no guess of these heads was right in any text: raise --max-new-tokens or train them longer")
-    ready(model, args)                  # only now: what is packed can't be evaluated with
-    trees = [heads.tree(paths) for paths in grown.values()]
-    longest = max(documents, key=len)
-    batch, name = args.batch_size, mode(args) + (f" batch {args.batch_size}" if args.batch_size > 1 else "")
-    prompts = [(longest[:len(longest) // 2] // 4).tolist()] * batch
-    plain, *costs = step_seconds(model, heads, [None, *trees], prompts, args)
-    rows = []
-    for tree, cost in zip(trees, costs, strict=True):
-        per_step = walk(tree, ranks[1], own[1])["tokens_per_step"]
-        rows.append({"nodes": len(tree.paths), "depth": len(tree.paths[-1]), "tokens_per_step": per_step,
-                     "step_ms": round(1000 * cost, 4), "tokens_per_second": round(batch * per_step / cost, 1)})
-    best = max(range(len(rows)), key=lambda i: rows[i]["tokens_per_second"])
-    chosen, places = rows[best], sum(rank.shape[1] for rank in ranks[0])
-    pays, paths = chosen["tokens_per_second"] * plain > 1.03 * batch, trees[best].paths[1:]
-    says = (f"a step of {chosen['nodes']} nodes costs {chosen['step_ms'] / 1000 / plain:.2f} plain steps and yields "
-            f"{chosen['tokens_per_step']:.2f} tokens")
-    tuned = {
-        "paths": paths if pays else [], "remark": f"tuned for {name}: " + says if pays else
-        f"plain decoding is faster on {name}: {says}",
-        "source": f"--tune: {len(documents)} openings of {Path(args.tune).name}",
-        "sampling": sampling(args)._asdict(), "threads": torch.get_num_threads(),
-        "hits": [round(hits[tuple(p)] / places, 5) for p in paths], "chosen": chosen,
-        "plain_step_ms": round(1000 * plain, 4), "candidates": rows}
-    before = read_json(path) if Path(path).is_file() else {}
-    write_json(path, {"paths": paths if name == "cpu" else before.get("paths", paths),
-                      "modes": before.get("modes", {}) | {name: tuned}})
-    if args.json:
-        return print(json.dumps({"tree": path, "mode": name, **tuned}))
-    print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}")
-    print(f"{1:>5}{0:>7}{1:>13.3f}{1000 * plain:>10.3f}{batch / plain:>10.1f}   plain decoding")
-    for i, row in enumerate(rows):
-        print("{:>5}{:>7}{:>13.3f}{:>10.3f}{:>10.1f}".format(*row.values()) + "   <- best tree" * (i == best))
-    print(f"{path}: {tuned['remark']}\n{trees[best]}")
-
-
-# ---------------------------------------------------------------------------------------------------------- report
-
-def report(result: dict, heads, args) -> str:
-    """The figures of one prompt as text, the stage tables and accepted drafts with --profile."""
-    line = lambda name, r: (f"{name:<8}{r['new_tokens']:>5} tokens {r['steps']:>5} steps "
-                            f"{r['tokens_per_step'] or 0:>6.2f} tokens/step {r['seconds']:>8.3f} s "
-                            f"{r['tokens_per_second']:>9.1f} tokens/s")
-    name, baseline = "medusa" if heads else "plain", result.get("baseline")
-    lines = [line("plain", baseline)] if baseline else []
-    lines.append(line(name, result))
-    if "tree" in result:
-        lines.append(f"tree: {result['tree']}")
-    if baseline:
-        where = result["first_difference"]
-        parts = f"NO, they part at {where}" if where else "no, as acceptance is typical"
-        same = "yes" if result["identical"] else parts
-        lines.append(f"identical: {same}   speed-up: {result['speedup']:.2f}x")
-    for title, r in (("plain", baseline), (name, result)):
-        if r and r["stages"]:
-            total = sum(s["total_ms"] for s in r["stages"].values())
-            lines += ["", f"{title + ' stage':<16}{'calls':>7}{'mean ms':>10}{'share':>8}"]
-            lines += [f"{stage:<16}{s['calls']:>7}{s['total_ms'] / s['calls']:>10.3f}{s['total_ms'] / total:>8.1%}"
-                      for stage, s in r["stages"].items()]
-    return "\n".join(lines + (histogram(result) if heads and args.profile else [])) + "\n"
-
-
-def histogram(result: dict) -> list[str]:
-    """How many of the steps accepted 0, 1, .. drafts, as lines."""
-    most, total = max(result["accepted"], default=0), max(1, result["steps"])
-    return ["", "accepted drafts in a step"] + [
-        f"{n:>4} {steps:>6}{steps / total:>8.1%}  {'#' * round(40 * steps / most)}"
-        for n, steps in enumerate(result["accepted"])]
-
-
-def original_table(result: dict) -> str:
-    """The stage table of the student project, 50 columns: seconds of each stage of one answer, and their shares."""
-    row = lambda label, value: label + f"{value:.3f}".rjust(50 - len(label))
-    seconds = {name: s["total_ms"] / 1000 for name, s in result["stages"].items()}
-    total, shown = sum(seconds.values()), "medusa" in seconds
-    names = {"init": "init", "medusa": "medusa", "tree": "Tree", "posterior": "Posterior", "update": "Update"}
-    lines = [row(f"Wall time {label}: ", seconds[name]) for name, label in names.items()] if shown else \
-        [row("Wall time base inference: ", total)]
-    lines += ["-" * 50] + [row(f"Wall time portion {label}: ", seconds[name] / total)
-                           for name, label in names.items() if name != "init"] if shown else []
-    return "\n".join(["=" * 50, *lines, "-" * 50, row("Tokens/second: ", result["new_tokens"] / total), "=" * 50])
 
 
 def print_many(results, texts: int, about: dict, heads, args) -> None:
@@ -574,6 +269,8 @@ def arguments(argv=None):
                         help="compile the step: a minute once, then it is kept on disk")
     parser.add_argument("--compare", action="store_true", help="decode plainly too: same tokens? what speed-up?")
     parser.add_argument("--profile", action="store_true", help="time each stage")
+    parser.add_argument("--explain", type=number(int, 1), metavar="N", help="tell the first N steps: the tree with its "
+                        "tokens, what the base chooses behind each, what is kept, what the cache holds")
     parser.add_argument("--trace", metavar="FILE", help="write a trace of the (last) generation, for ui.perfetto.dev")
     parser.add_argument("--show-accepted", action="store_true", help="on a terminal: the colour of a token tells the "
                         "head that guessed it (none: the model itself)")
@@ -583,7 +280,10 @@ def arguments(argv=None):
                         "vicuna_v1.1 for a model named so, else plain: it goes on with the text)")
     parser.add_argument("--system", type=text_argument, help="the system message of the vicuna template")
     parser.add_argument("--json", action="store_true", help="one JSON object a prompt, nothing else on stdout")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.sampling = Sampling(args.temperature, args.top_k, args.top_p,
+                             args.epsilon if args.acceptance == "typical" else None, args.delta)
+    return args
 
 
 def template_of(args) -> str:
@@ -602,6 +302,10 @@ def main():
         raise UserError("--interactive is for people: leave out --json, --compare, --tune and --prompt")
     if args.prompts_file and (args.prompt or args.compare or args.interactive or args.tune or args.trace):
         raise UserError("--prompts-file leaves no room for --prompt, --compare, --interactive, --tune and --trace")
+    if args.explain and (args.json or args.compile is not None or args.compare or args.prompts_file or args.interactive
+                         or args.tune):
+        raise UserError("--explain wants a generation alone: leave out --json, --compile, --compare, --prompts-file, "
+                        "--interactive and --tune")
     if args.batch_size > 1 and not (args.prompts_file or args.tune):
         raise UserError("--batch-size needs --prompts-file (or --tune)")
     if base := base_of(args.model, args.revision):
@@ -614,7 +318,9 @@ def main():
         if heads is None or args.acceptance != "match":
             raise UserError("--tune needs heads: give --heads FOLDER" if heads is None else
                             "--tune forecasts acceptance by match: leave out --acceptance")
-        return tune(model, tokenizer, heads, tree_source, args)
+        return tune(model, tokenizer, heads, tree_source, mode(args), lambda: ready(model, args), args)
+    if args.explain and heads is None:
+        raise UserError("--explain shows trees, and plain decoding has none: give --heads FOLDER, or a --tree")
     chat = template_of(args) == "vicuna"
     args.system = SYSTEM if args.system is None else args.system
     ready(model, args)
@@ -626,7 +332,8 @@ def main():
     if args.compile is not None:
         compile_ahead(model, heads, tree, min(args.batch_size, len(prompts)), args)
     if args.interactive:
-        return interactive(Chat(model, tokenizer, heads, tree, chat, args))
+        return interactive(Chat(model, tokenizer, chat, args, lambda ids, seed, emit, past: run(
+            model, tokenizer, ids, args, seed, heads, tree, emit, past)))
     about = {"tree": f"{len(tree.paths)} nodes, {tree_source}"} if tree else {}
     if args.prompts_file:
         results = many(model, tokenizer, prompts, encoded, heads, tree, args)

@@ -8,6 +8,7 @@ in turns, so that what else the machine does hits all alike; medians over the ro
 texts (as `generate.py --tune` does), or taken from an earlier result. Writes docs/results/batch-NAME.json and .md.
 """
 import argparse
+import os
 import platform
 import statistics
 import sys
@@ -20,7 +21,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import generate as script  # noqa: E402
+from extras.tune import own_texts  # noqa: E402
+from generate import arguments  # noqa: E402
 from llama import Llama, Tokenizer, command_line, read_json, write_atomic, write_json  # noqa: E402
 from prepare_data import openings_of  # noqa: E402
 from tinymedusa import MedusaHeads, generate, grow_tree, path_hits, set_threads  # noqa: E402
@@ -29,7 +31,7 @@ from train_heads import evaluate  # noqa: E402
 
 def grown(model, tokenizer, heads, sizes, tune) -> dict:
     """Number of nodes → paths: the trees of the paths that were right most often in the model's own texts."""
-    documents = script.own_texts(model, tokenizer, script.arguments(["--tune", tune]))
+    documents = own_texts(model, tokenizer, arguments(["--tune", tune]))
     hits = path_hits(evaluate(model, heads, documents, 4096)[1])
     return {nodes: grow_tree(hits, nodes - 1) for nodes in sizes}
 
@@ -125,7 +127,7 @@ def main():
     result = {"title": f"{args.name}, {args.threads} thread{'s' * (args.threads > 1)}, batches",
               "command": " ".join(["python", "benchmarks/batch.py", *(Path(a).name if a.startswith("/") else a
                                                                       for a in sys.argv[1:])]),
-              "machine": f"{len(script.os.sched_getaffinity(0))} cores, {processor()}, Python "
+              "machine": f"{len(os.sched_getaffinity(0))} cores, {processor()}, Python "
                          f"{platform.python_version()}, torch {torch.__version__}",
               "trees": trees, "rows": []}
     modes = {"eager": args.nodes} | ({} if args.compile is None else {"compiled": args.compile or [2, 4, 8]})

@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import generate as script  # noqa: E402
+from extras.tune import own_texts  # noqa: E402
 from llama import Llama, Tokenizer, command_line, threads  # noqa: E402
 from prepare_data import openings_of  # noqa: E402
 from tinymedusa import MedusaHeads, Sampling, Stages, generate, grow_tree, path_hits, set_threads, walk  # noqa: E402
@@ -62,12 +62,12 @@ def main():
     parser.add_argument("--seed", type=int, default=10 ** 6)
     parser.add_argument("--no-times", action="store_true", help="count only, as while something else runs")
     args = parser.parse_args()
-    args.top_k, args.top_p = 0, 1.0
+    args.sampling = Sampling(args.temperature)
     model = Llama.from_pretrained(args.model)
     tokenizer = Tokenizer(args.model, model.config)
     model.pack()
     set_threads(model, args.threads)
-    documents = script.own_texts(model, tokenizer, args)
+    documents = own_texts(model, tokenizer, args)
     prompts = [tokenizer.encode(o) for o in openings_of(args.openings)]
     published = json.loads(Path(args.published).read_text(encoding="utf-8")) if args.published else {}
     print(f"{'heads':<28}{'kind':>7}{'K':>3}{'parameters':>11}{'nodes':>6}  {'tree':<26}{'forecast':>9}{'measured':>9}"

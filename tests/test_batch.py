@@ -107,7 +107,7 @@ def test_the_tree_that_was_tuned_for_so_many_rows(tiny_folder, tmp_path, cli, mo
     def costs(model, heads, trees, prompts, args):
         sizes.append(len(prompts))
         return [0.001 * (1 if tree is None else 1 + 0.004 * len(prompts) * len(tree.paths)) for tree in trees]
-    monkeypatch.setattr(generate, "step_seconds", costs)
+    monkeypatch.setattr("extras.tune.step_seconds", costs)
     tiny_heads(tiny_llama(vocab_size=300), 3, noise=0.05).save(tiny_folder / "medusa", "tiny")
     (tmp_path / "o.txt").write_text("\n".join(f"the dog{' x' * i}" for i in range(12)))
     tune = ["--model", tiny_folder, "--tune", tmp_path / "o.txt", "--max-new-tokens", 30, "--threads", 1]

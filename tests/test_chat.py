@@ -18,6 +18,8 @@ import torch
 from conftest import MODEL, ROOT, tiny_llama
 
 import generate
+from extras.chat import Chat
+from extras.report import COLOURS
 from llama import Llama, Tokenizer, write_json
 from tinymedusa import GREEDY, Tree, load_tree, prefill, start, whole_cache
 
@@ -193,7 +195,7 @@ def test_colours_tell_the_head(cli):
     terminal.leave()
     pieces = re.findall(r"\033\[(\d+)m(.*?)\033\[0m", shown, flags=re.S)
     drafts = {n: steps for n, steps in enumerate(expected["accepted"]) if n}
-    for head, colour in enumerate(generate.COLOURS[:4], 1):                      # head k: steps that accepted k or more
+    for head, colour in enumerate(COLOURS[:4], 1):                      # head k: steps that accepted k or more
         assert [c for c, _ in pieces].count(str(colour)) == sum(steps for n, steps in drafts.items() if n >= head)
     assert re.sub(r"\033\[\d+m", "", shown) == "Once upon a time" + expected["text"]
     terminal = Terminal(*args, env={"NO_COLOR": "1"})
@@ -251,7 +253,9 @@ def talk(tiny_folder, monkeypatch):
         tree, _ = load_tree(tiny_folder / "medusa", heads)
         fed, real = [], model.forward
         monkeypatch.setattr(model, "forward", lambda ids, *a: fed.append(ids[0].tolist()) or real(ids, *a))
-        client = generate.Chat(model, Tokenizer(tiny_folder, model.config), heads, tree, chat, args)
+        tokenizer = Tokenizer(tiny_folder, model.config)
+        client = Chat(model, tokenizer, chat, args, lambda ids, seed, emit, past=None: generate.run(
+            model, tokenizer, ids, args, seed, heads, tree, emit, past))
         vars(client.args).update(over)
         return client, fed
     return build
@@ -266,7 +270,7 @@ def test_only_the_new_turn_is_read(talk, capsys):
     again = client.encode(client.rounds[:1], " a cat")
     assert len(fed[0]) == len(again) - begun                                     # the first forward is the prefill
     alone, _ = talk()
-    fresh = generate.run(alone.model, alone.tokenizer, again, alone.args, 0, alone.heads, alone.tree, lambda *a: None)
+    fresh = alone.write(again, 0, lambda *a: None)
     assert fresh["token_ids"] == result["token_ids"] and fresh["steps"] == result["steps"]
     assert client.cached == again + result["token_ids"][:-1]
 
@@ -314,7 +318,7 @@ def test_the_cache_holds_what_it_is_believed_to(talk, capsys):
                     if len(shown) > 4:
                         raise KeyboardInterrupt
                 return emit
-            patch.setattr(generate, "printer", stop)
+            patch.setattr("extras.chat.printer", stop)
             client.answer(" more")
     check()
     client.answer(" more")

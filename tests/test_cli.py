@@ -132,7 +132,7 @@ def test_tune_forecasts_what_decoding_then_does(kind, tiny_folder, tmp_path, cli
     Times are made up, so that the choice is known: a node costs a hundredth of a plain step, then a whole one.
     """
     def a_node_costs(price):
-        monkeypatch.setattr(generate, "step_seconds", lambda model, heads, trees, ids, args: [
+        monkeypatch.setattr("extras.tune.step_seconds", lambda model, heads, trees, ids, args: [
             0.001 * (1 if tree is None else 1 + price * len(tree.paths)) for tree in trees])
     a_node_costs(0.01)
     model = Llama.from_pretrained(tiny_folder)

@@ -116,8 +116,9 @@ def test_a_signal_at_any_moment(name, server, work):
     folder, does = work
     server("prepare_data", "--model", folder / "tiny", "--text", "t.txt", "--out", "d.bin", folder=folder)
     whole, rng, seen = server(*does[name], folder=folder)[3], random.Random(name), set()
-    for i in range(4 if name == "train" else 8):
-        number, delay = (signal.SIGINT, signal.SIGTERM)[i % 2], whole * (i + rng.random()) / (4 if name == "train" else 8)
+    times = 4 if name == "train" else 8
+    for i in range(times):
+        number, delay = (signal.SIGINT, signal.SIGTERM)[i % 2], whole * (i + rng.random()) / times
         for stale in ("a.bin.json", "a.bin", "h/checkpoint.pt"):
             (folder / stale).unlink(missing_ok=True)
         status, err, out, seconds = server(*does[name], folder=folder, delay=delay, number=number)

@@ -1,0 +1,155 @@
+"""A conversation in the terminal, as the original's client had it: `generate.py --interactive`."""
+import sys
+from contextlib import suppress
+from itertools import takewhile
+from pathlib import Path
+
+from extras.report import histogram, original_table, printer
+from llama import Llama, Tokenizer, UserError, read_json, write_json
+from prepare_data import question
+from tinymedusa import check_prompts, whole_cache
+
+ROLES, VICUNA = ("USER", "ASSISTANT"), "vicuna_v1.1"
+HELP = """!!exit or an empty line: leave            !!reset: begin anew
+!!remove: take back the last round         !!regen: answer the last message anew
+!!save FILE, !!load FILE: the conversation as JSON
+Ctrl-C stops an answer."""
+
+
+class Chat:
+    """A conversation: rounds [message, answer, the answer's ids]. What the cache holds of it is not computed again.
+
+    With the vicuna template a round is a question and its answer. Plain, a message goes on with the text so far, and
+    behind an end of text begins a new one.
+    """
+    def __init__(self, model: Llama, tokenizer: Tokenizer, chat: bool, args, write):
+        """write(ids, seed, emit, past): generate.py's `run`, all else given; chat: with the vicuna template."""
+        self.model, self.tokenizer, self.chat, self.args, self.write = model, tokenizer, chat, args, write
+        self.rounds, self.system, self.answers = [], args.system, 0
+        self.cache, self.cached = whole_cache(model, 1), []     # and the ids whose keys and values it holds
+
+    def encode(self, rounds: list, message: str) -> list:
+        """The ids of some rounds and of a message behind them, up to where its answer begins."""
+        ids = []
+        for i, (text, answer, answer_ids) in enumerate([*rounds, (message, None, None)]):
+            text = question(i, text, self.system) if self.chat else text
+            if answer is not None and answer_ids is None:                                   # from a file
+                text += f" {answer}" if self.chat else answer
+            new = self.tokenizer.encode(text)
+            ids += (new if i == 0 else new[len(self.tokenizer.bos):]) + (answer_ids or [])
+            if self.chat and answer is not None and ids[-1:] != self.tokenizer.eos[:1]:     # an answer cut short
+                ids += self.tokenizer.eos[:1]
+        return ids
+
+    def prompt(self, message: str) -> list:
+        """All that the model is to see, without the oldest rounds where the context can't hold them and an answer."""
+        ended = [i for i, r in enumerate(self.rounds) if not self.chat and r[2] and r[2][-1] in self.tokenizer.eos]
+        rounds, context = self.rounds[ended[-1] + 1 if ended else 0:], self.model.config.max_position_embeddings
+        room, dropped = context - min(self.args.max_new_tokens, context // 2), 0
+        while len(ids := self.encode(rounds[dropped:], message)) > room and dropped < len(rounds):
+            dropped += 1
+        if dropped:
+            print(f"(the context of {context} tokens is full: the first {dropped} rounds are no longer seen)")
+        return ids
+
+    def answer(self, message: str) -> dict:
+        """The model's answer, streamed to the terminal; each one has a seed of its own."""
+        ids, args = self.prompt(message), self.args
+        check_prompts([ids], self.model.config)
+        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, self.cached, strict=False)))
+        self.cached, seed = ids[:kept], args.seed + self.answers        # all that is sure if Ctrl-C stops it
+        self.answers += 1
+        result = self.write(ids, seed, printer(args, "ASSISTANT:" if self.chat else message), (self.cache, kept))
+        self.cached = ids + result["token_ids"][:-1]
+        self.rounds.append([message, result["text"].strip() if self.chat else result["text"], result["token_ids"]])
+        return result
+
+    def show(self) -> None:
+        for message, answer, _ in self.rounds:
+            print(f"USER: {message}\nASSISTANT: {answer}" if self.chat else message + answer)
+
+    def save(self, path: str) -> None:
+        """In the format of FastChat, the original's."""
+        write_json(path, {"template_name": VICUNA if self.chat else "plain", "system_message": self.system,
+                          "roles": ROLES, "offset": 0,
+                          "messages": [pair for r in self.rounds for pair in zip(ROLES, r[:2], strict=True)]})
+
+    def load(self, path: str) -> None:
+        data, name = read_json(path), VICUNA if self.chat else "plain"
+        messages = data.get("messages")
+        if data.get("template_name") != name:
+            raise UserError(f"{path} has the template {data.get('template_name')!r}, this conversation {name!r}")
+        if not isinstance(messages, list) or not isinstance(data.get("system_message"), str) or not all(
+                isinstance(m, list) and len(m) == 2 and m[0] == ROLES[i % 2] and (isinstance(m[1], str) or m[1] is None)
+                for i, m in enumerate(messages)):
+            raise UserError(f"{path} is not a saved conversation: expected messages of {' and '.join(ROLES)} in turn")
+        pairs = zip(messages[::2], messages[1::2], strict=False)
+        self.rounds = [[m[1], a[1], None] for m, a in pairs if m[1] is not None and a[1] is not None]
+        self.system = data["system_message"]
+
+
+def read_message(args, label: str) -> str:
+    """What the user types; with --multiline up to Ctrl-D. Empty at the end of the input."""
+    with suppress(EOFError, KeyboardInterrupt):
+        if not args.multiline:
+            return input(label)
+        lines = [input(f"{label.rstrip(': ')} [ctrl-d/z on empty line to end]: ")]
+        with suppress(EOFError):
+            while True:
+                lines.append(input())
+        return "\n".join(lines)
+    print()
+    return ""
+
+
+def command(chat: Chat, name: str, file: str) -> str | None:
+    """One of the original's commands; a message to be answered once more, if any."""
+    if name in ("!!save", "!!load") and not file:
+        print(f"usage: {name} <filename>")
+    elif name == "!!save":
+        path = file if "." in file else file + ".json"
+        print(f"saving... {path}")
+        chat.save(path)
+    elif name == "!!load":
+        path = next((f for f in (file, file + ".json") if Path(f).is_file()), None)
+        print(f"loading... {path}" if path else f"file not found: {file}")
+        if path:
+            chat.load(path)
+            chat.show()
+    elif name == "!!reset":
+        print("resetting...")
+        chat.rounds = []
+    elif name in ("!!remove", "!!regen") and not chat.rounds:
+        print(f"No messages to {'remove' if name == '!!remove' else 'regenerate'}.")
+    elif name in ("!!remove", "!!regen"):
+        print("removing last message..." if name == "!!remove" else "regenerating last message...")
+        message = chat.rounds.pop()[0]
+        chat.show()
+        return message if name == "!!regen" else None
+    else:
+        print(HELP)
+    return None
+
+
+def interactive(chat: Chat) -> None:
+    """Reads messages and commands until !!exit, an empty line or the end of the input."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - line editing and history for input()
+    while (text := read_message(chat.args, "USER: " if chat.chat else "> ")).strip() not in ("", "!!exit"):
+        try:
+            if text.strip().startswith("!!"):
+                name, _, file = text.strip().partition(" ")
+                text = command(chat, name, file.strip())
+            if text is None:
+                continue
+            result = chat.answer(text)
+            print(f"\n[{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s, "
+                  f"{result['tokens_per_step'] or 0:.2f} tokens/step]")
+            if chat.args.profile:
+                print("\n".join([original_table(result), *(histogram(result) if "medusa" in result["stages"] else [])]))
+        except KeyboardInterrupt:
+            print("\nstopped generation.")
+            chat.show()
+        except UserError as error:
+            print(error, file=sys.stderr)
+    print("exit...")

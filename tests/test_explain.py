@@ -1,0 +1,62 @@
+"""--explain: what is told is what happens, checked against decoding and against plain forwards of the whole text."""
+import json
+import re
+
+import pytest
+import torch
+from conftest import MODEL
+
+from llama import Llama, Tokenizer
+
+NODE = re.compile(r"  ([* ]) ([│├└─ ]*)(.+?) +node (\d+)  (the base's own|head (\d+), guess (\d+)) +slot (\d+)  "
+                  r"position (\d+)  the base goes on with (.+)")
+
+
+def told(text):
+    """A quoted token as text, a special one by its name."""
+    return json.loads(text) if text.startswith('"') else text
+
+
+@pytest.mark.parametrize("more", [[], ["--temperature", 0.8, "--seed", 3], ["--tree", "[[0],[0,0],[1],[0,0,0],[2]]"]],
+                         ids=str)
+def test_what_is_told_is_what_happens(more, cli):
+    prompt = "Tom had a red"
+    status, out, err = cli("generate", "--prompt", prompt, "--explain", 6, "--threads", 1, *more)
+    assert status == 0, err
+    result, = (json.loads(line) for line in cli("generate", "--prompt", prompt, "--max-steps", 6, "--threads", 1, "--json",
+                                                *more)[1].splitlines())
+    model = Llama.from_pretrained(MODEL)
+    tokenizer = Tokenizer(MODEL, model.config)
+    text, steps = tokenizer.encode(prompt), re.split(r"\nstep \d+: ", out)
+    assert len(steps) == 7
+    new, accepted = [told(re.search(r"the base chooses (.+), the root", steps[0])[1])], []
+    for step in steps[1:]:
+        cached = len(text) + len(new) - 1                                        # all but the pending token
+        assert f"the cache holds {cached} tokens in slots 0 to {cached - 1}" in step
+        nodes = {int(m[4]): m for m in map(NODE.fullmatch, step.splitlines()) if m}
+        kept = [n for n in sorted(nodes) if nodes[n][1] == "*"]
+        assert sorted(nodes) == list(range(len(nodes))) and len(nodes) > 4 and told(nodes[0][3]) == new[-1]
+        for number, node in nodes.items():
+            assert int(node[8]) == cached + number
+            assert int(node[9]) == cached + int(node[6] or 0)                    # a head's number is its node's depth
+        assert [told(nodes[n][3]) for n in kept[1:]] == [told(nodes[n][10]) for n in kept[:-1]]
+        some = [told(nodes[n][10]) for n in kept]
+        assert f"{len(some)} new tokens: {', '.join(nodes[n][10] for n in kept)}; the last" in step
+        assert re.search(rf"slots {', '.join(str(cached + n) for n in kept)} become {cached} to {cached + len(kept) - 1},",
+                         step)
+        if not more:                                                             # greedy: the base alone says the same
+            ids = torch.tensor([text + result["token_ids"][:len(new)]])
+            with torch.no_grad():
+                best = model.lm_head(model(ids)[0, -1]).argmax().item()
+            assert told(nodes[0][10]) == tokenizer.stream(ids[0].tolist())([best], end=True)
+        new += some
+        accepted.append(len(kept) - 1)
+    assert "".join(new) == result["text"] and len(new) == result["new_tokens"] and sum(accepted) > 2
+    assert [accepted.count(n) for n in range(max(accepted) + 1)] == result["accepted"]
+
+
+def test_what_cannot_be_explained(cli):
+    for args, says in ((["--heads", "none"], "--explain shows trees, and plain decoding has none: give --heads FOLDER"),
+                       (["--json"], "--explain wants a generation alone"), (["--explain", "0"], "--explain: '0' is not")):
+        status, out, err = cli("generate", "--explain", 2, *args)
+        assert status == 2 and out == "" and says in err and err.count("\n") == 1
