@@ -56,6 +56,7 @@ def test_what_is_told_is_what_happens(more, cli):
 
 def test_what_cannot_be_explained(cli):
     for args, says in ((["--heads", "none"], "--explain shows trees, and plain decoding has none: give --heads"),
-                       (["--json"], "--explain wants a generation alone"), (["--explain", "0"], "--explain: '0' is not")):
+                       (["--json"], "--explain wants a generation alone"),
+                       (["--explain", "0"], "--explain: '0' is not a whole number")):
         status, out, err = cli("generate", "--explain", 2, *args)
         assert status == 2 and out == "" and says in err and err.count("\n") == 1
