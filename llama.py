@@ -286,12 +286,17 @@ def new_cache(config: LlamaConfig, rows: int, slots: int, like: Tensor) -> Tenso
     """One allocation for all keys and values: [L, B, S, 2, G, D], in the dtype and on the device of `like`.
 
     With small heads the slots lie innermost in memory, so that sums over them are contiguous. Zeros, not empty:
-    a masked weight of 0 times a stale NaN would still be NaN.
+    a masked weight of 0 times a stale NaN would still be NaN. UserError: there is not so much memory.
     """
     layers, heads, size = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    if size >= SMALL_HEAD:
-        return like.new_zeros(layers, rows, slots, 2, heads, size)
-    return like.new_zeros(layers, 2, rows, heads, size, slots).permute(0, 2, 5, 1, 3, 4)
+    try:
+        if size >= SMALL_HEAD:
+            return like.new_zeros(layers, rows, slots, 2, heads, size)
+        return like.new_zeros(layers, 2, rows, heads, size, slots).permute(0, 2, 5, 1, 3, 4)
+    except RuntimeError as error:
+        size = layers * rows * slots * 2 * heads * size * like.element_size() / 1e9
+        raise UserError(f"no memory for the keys and values of {rows} x {slots} tokens, {size:.1f} GB: decode fewer at "
+                        "once, or fewer new tokens") from error
 
 
 def some_rows(cache: Tensor, rows: Tensor) -> Tensor:

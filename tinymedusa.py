@@ -46,6 +46,9 @@ PUBLISHED_TREE = [[int(rank) for rank in path] for path in (
     "011 006 030 50 13 007 008 009 60 040 14 70 012 200 31 22 80 050 15 101 021 90 060 0001 16 070").split()]
 
 
+LARGEST_TREE = 1024     # its mask is of this size squared
+
+
 def published_tree(num_heads: int, nodes: int = 15, vocab_size: int = 10) -> list[list[int]]:
     """The first `nodes` paths of mc_sim_7b_63 that `num_heads` heads with so many tokens to draft can have."""
     return [path for path in PUBLISHED_TREE if len(path) <= num_heads and max(path) < vocab_size][:nodes]
@@ -82,6 +85,8 @@ class Tree(NamedTuple):
         """
         if not isinstance(paths, (list, tuple)):
             raise UserError(f"tree: expected a list of paths such as [[0], [0, 0], [1]], got {paths!r}")
+        if len(paths) > LARGEST_TREE:
+            raise UserError(f"tree: {len(paths)} paths are too many, at most {LARGEST_TREE} can be verified at once")
         for p in paths:
             if not isinstance(p, (list, tuple)) or not p or any(type(r) is not int or r < 0 for r in p):
                 raise UserError(f"tree: {p!r} is not a path: expected a list of ranks such as [0, 2]")

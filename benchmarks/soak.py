@@ -85,8 +85,8 @@ def main():
         f"Python {platform.python_version()}, torch {torch.__version__}", "",
         f"{tokens} tokens in {texts} texts, {at_context} of them up to the context's end, in {wall:.0f} s: "
         f"{'flat' if fine else 'NOT FLAT, OR STAGES MISSING'}.",
-        f"Memory after the first run {memory[0][1]:.1f} MB, after the warm-up {warm[0]:.1f}, at most {max(warm):.1f}, at the "
-        f"end {warm[-1]:.1f}; at each tenth: " + ", ".join(f"{mb:.1f}" for mb in marks) + ".",
+        f"Memory after the first run {memory[0][1]:.1f} MB, after the warm-up {warm[0]:.1f}, at most {max(warm):.1f}, "
+        f"at the end {warm[-1]:.1f}; at each tenth: " + ", ".join(f"{mb:.1f}" for mb in marks) + ".",
         f"Stages: {share:.1%} of the wall time (" + ", ".join(f"{k} {v:.1f} s" for k, v in stages.items()) + ").", ""])
     print(report)
     write_atomic(ROOT / "docs" / "results" / "soak.md", lambda path: path.write_text(report, encoding="utf-8"))

@@ -52,6 +52,11 @@ def bigger_tokenizer(folder):
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
+def no_bos(folder):
+    edit(folder / "tokenizer.json", post_processor=None)
+    write_json(folder / "tokenizer_config.json", {"add_bos_token": False})
+
+
 def edit(path, **change):
     write_json(path, read_json(path) | change)
 
@@ -91,6 +96,17 @@ CASES = {
     "unexpected tensor": (tensors(lambda t: t.update({"extra": torch.zeros(1)})), [], ["unexpected: extra"]),
     "misshapen tensor": (tensors(lambda t: t.update({"lm_head.weight": torch.zeros(299, 32)})), [],
                          ["lm_head.weight has shape [299, 32], expected [300, 32]"]),
+    "truncated weights": (lambda f: os.truncate(f / "model.safetensors", 50_000), [], ["can't read", "safetensors"]),
+    "truncated heads": (lambda f: os.truncate(f / "medusa/model.safetensors", 5_000), [], ["heads", "can't read"]),
+    "no weights at all": (text("model.safetensors", b""), [], ["can't read", "model.safetensors"]),
+    "an empty folder": (lambda f: [p.unlink() for p in f.iterdir() if p.is_file()], [], ["has no config.json"]),
+    "a folder as config": (lambda f: (gone("config.json")(f), (f / "config.json").mkdir()), [], ["has no config.json"]),
+    "a link to nothing": (lambda f: (gone("tokenizer.json")(f), (f / "tokenizer.json").symlink_to("nowhere")), [],
+                          ["has no tokenizer.json"]),
+    "heads of another vocabulary": (lambda f: edit(f / "medusa/config.json", vocab_size=32000), [],
+                                    ["heads expect vocab_size 32000, the model has 300"]),
+    "an empty prompt": (no_bos, ["--prompt", ""],
+                        ["prompt 2 is empty: give at least one token"]),
     "corrupt weights": (text("model.safetensors", b"nonsense"), [], ["can't read", "model.safetensors"]),
     "shard missing": (index("a.safetensors"), [], ["has no a.safetensors"]),
     "shard elsewhere": (index("../a.safetensors"), [], ["a shard must lie beside its index"]),
@@ -130,6 +146,8 @@ CASES = {
     "tree without paths": (None, ["--tree", '{"path": []}'], ["without the key 'paths'"]),
     "tree too deep": (None, ["--tree", "[[0],[0,0],[0,0,0],[0,0,0,0]]"], ["path [0, 0, 0, 0] has depth 4", "3 heads"]),
     "tree orphan": (None, ["--tree", "[[0,0]]"], ["path [0, 0] has no ancestor [0]"]),
+    "tree too large": (text("big.json", json.dumps([[i] for i in range(1025)]).encode()),
+                       ["--tree", "{folder}/big.json"], ["1025 paths are too many, at most 1024"]),
     "tree rank": (None, ["--tree", "[[300]]"], ["rank 300", "300 entries"]),
     "tree in the heads' folder": (text("medusa/tree.json", b'{"paths": [[1, 1]]}'), [], ["no ancestor [1]"]),
     "prompt too long": (None, ["--prompt", "x y " * 40], ["the context holds 64: shorten the prompt"]),
@@ -158,7 +176,7 @@ def test_generate(case, tiny_folder, cli):
     damage, args, says = CASES[case]
     if damage:
         damage(tiny_folder)
-    args = [a.format(folder=tiny_folder) if a == "{folder}" else a for a in args]
+    args = [a.replace("{folder}", str(tiny_folder)) for a in args]
     status, out, err = cli("generate", "--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 3, *args)
     assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("generate.py: "), err
     assert all(s in err for s in says), err
@@ -266,3 +284,9 @@ def test_a_real_process_has_status_2_and_no_traceback(tiny_folder):
     assert closed.stdout == "{" and closed.stderr == ""
     fine = run("--model", str(tiny_folder), "--prompt", "the dog", "--json")
     assert fine.returncode == 0 and json.loads(fine.stdout)["new_tokens"] > 0
+
+
+def test_no_memory_for_the_cache():
+    model = tiny_llama()
+    with pytest.raises(UserError, match=r"no memory for the keys and values of 1000000000 x 1000 tokens, 512000.0 GB"):
+        llama.new_cache(model.config, 10 ** 9, 1000, like=model.norm)
