@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import MODEL
+from conftest import MODEL, ROOT
 
 from llama import Llama, Tokenizer
 
@@ -52,6 +52,11 @@ def test_what_is_told_is_what_happens(more, cli):
         accepted.append(len(kept) - 1)
     assert "".join(new) == result["text"] and len(new) == result["new_tokens"] and sum(accepted) > 2
     assert [accepted.count(n) for n in range(max(accepted) + 1)] == result["accepted"]
+
+
+def test_the_step_in_the_readme(cli):
+    out = cli("generate", "--explain", 1)[1]
+    assert out.partition("\n\n\n")[0] in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_explained(cli):
