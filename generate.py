@@ -300,8 +300,10 @@ def main():
     args = arguments()
     if args.interactive and (args.json or args.compare or args.tune or args.prompt):
         raise UserError("--interactive is for people: leave out --json, --compare, --tune and --prompt")
-    if args.prompts_file and (args.prompt or args.compare or args.interactive or args.tune or args.trace):
-        raise UserError("--prompts-file leaves no room for --prompt, --compare, --interactive, --tune and --trace")
+    alone = {"--prompt": args.prompt, "--compare": args.compare, "--interactive": args.interactive, "--tune": args.tune,
+             "--trace": args.trace, "--max-steps": args.max_steps, "--show-accepted": args.show_accepted}
+    if args.prompts_file and any(alone.values()):
+        raise UserError(f"leave out {', '.join(k for k, v in alone.items() if v)}: not for --prompts-file")
     if args.explain and (args.json or args.compile is not None or args.compare or args.prompts_file or args.interactive
                          or args.tune):
         raise UserError("--explain wants a generation alone: leave out --json, --compile, --compare, --prompts-file, "

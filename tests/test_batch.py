@@ -87,7 +87,7 @@ def test_more_than_fits_a_line(tiny_folder, files, tmp_path, cli):
                        (["--prompts-file", tmp_path / "latin.txt"], "is not UTF-8 text"),
                        (["--prompts-file", tmp_path / "long.txt"], "prompt 2 has"),
                        (["--prompts-file", files[0], "--batch-size", 0], "--batch-size: '0' is not a whole number"),
-                       (["--prompts-file", files[0], "--compare"], "--prompts-file leaves no room for"),
+                       (["--prompts-file", files[0], "--compare"], "leave out --compare: not for --prompts-file"),
                        (["--batch-size", 2], "--batch-size needs --prompts-file")):
         status, out, err = cli("generate", "--model", tiny_folder, *args)
         assert status == 2 and out == "" and err.count("\n") == 1 and says in err, err

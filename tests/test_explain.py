@@ -31,7 +31,9 @@ def test_what_is_told_is_what_happens(more, cli):
     new, accepted = [told(re.search(r"the base chooses (.+), the root", steps[0])[1])], []
     for step in steps[1:]:
         cached = len(text) + len(new) - 1                                        # all but the pending token
-        assert f"the cache holds {cached} tokens in slots 0 to {cached - 1}" in step
+        ids = (text + result["token_ids"])[max(0, cached - 12):cached]
+        assert step.startswith(f"the cache holds {cached} tokens in slots 0 to {cached - 1}, the last ones "
+                               f"{json.dumps(tokenizer.stream([])(ids, end=True))}\n")
         nodes = {int(m[4]): m for m in map(NODE.fullmatch, step.splitlines()) if m}
         kept = [n for n in sorted(nodes) if nodes[n][1] == "*"]
         assert sorted(nodes) == list(range(len(nodes))) and len(nodes) > 4 and told(nodes[0][3]) == new[-1]
