@@ -1,0 +1,203 @@
+"""Draws the README's figures from saved results, as SVG in docs/figures/ (matplotlib, development only).
+
+    python benchmarks/figures.py                        # all of them
+    python benchmarks/figures.py --only peers
+    python benchmarks/figures.py --measure-depth        # first decodes what depth.svg shows: docs/results/depth.json
+
+Each figure names the command that made its numbers and the machine. The same results give the same bytes.
+"""
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from llama import Llama, Tokenizer, command_line, read_json, visible, write_json  # noqa: E402
+from prepare_data import openings_of  # noqa: E402
+from tinymedusa import MedusaHeads, Tree, generate, published_tree, read_tree  # noqa: E402
+
+RESULTS, FIGURES, TREE = ROOT / "docs" / "results", ROOT / "docs" / "figures", ROOT / "model" / "medusa" / "tree.json"
+MACHINE = "2 cores of an AMD EPYC (Zen 4), Python 3.11.7, torch 2.13.0 CPU"       # of all results saved so far
+SHAPES = {"model": "embedded model", "v0": "padded v0", "110M": "padded 110M", "1B": "padded 1B"}
+BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#999999"     # Okabe and Ito
+COMPARE = "python benchmarks/compare.py {model,v0,110M,1B} (options: README)"
+
+
+def saved(figure, name: str, command: str) -> None:
+    figure.text(0.01, 0.005, f"{command}; {MACHINE}", fontsize=7, color="#555555", va="bottom")
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(f"/tmp/mine_{name}.png", dpi=80)
+    plt.close(figure)
+    print(FIGURES / f"{name}.svg")
+
+
+def tree_mask() -> None:
+    """The embedded heads' tree, and beside it what each of its nodes may see, as the model gets it."""
+    tree, prefix = Tree.from_paths(read_tree(str(TREE), "cpu")[0], 4, 4096), 5
+    nodes, names = len(tree.paths), ["root", *(" ".join(map(str, path)) for path in tree.paths[1:])]
+    seen = visible(torch.tensor([prefix]), tree.mask, torch.arange(prefix + nodes + 1))[0] == 0     # [N, W]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=(1, 1.5))
+    row = {node: i for i, (node, _) in enumerate(tree.draw())}
+    for node in range(nodes):
+        x, y, parent = int(tree.depth[node]), -row[node], int(tree.parent[node])
+        left.plot([x - 1, x - 1, x] if node else [x], [-row[parent], y, y] if node else [y], color=GREY, zorder=1)
+        left.text(x, y, f"{node}: {names[node]}", ha="center", va="center", fontsize=9,
+                  bbox={"boxstyle": "round", "facecolor": "white", "edgecolor": BLUE})
+    left.set(xlim=(-0.5, 4.5), xticks=range(5), xticklabels=["base", "head 1", "head 2", "head 3", "head 4"], yticks=[],
+             title="the tree: node: ranks on its way")
+    left.spines[:].set_visible(False)
+    right.imshow(seen, cmap=matplotlib.colors.ListedColormap(["white", BLUE]), aspect="auto", alpha=0.8)
+    right.set(xticks=range(seen.shape[1]), yticks=range(nodes), yticklabels=[f"{i}: {n}" for i, n in enumerate(names)],
+              xticklabels=[f"slot {i}" for i in range(prefix)] + [f"node {i}" for i in range(nodes)] + ["later"],
+              title="what it may see: all committed slots, its ancestors and itself")
+    right.tick_params(axis="x", rotation=90, labelsize=8)
+    right.set_xticks([i - 0.5 for i in range(seen.shape[1])], minor=True)
+    right.set_yticks([i - 0.5 for i in range(nodes)], minor=True)
+    right.grid(which="minor", color=GREY, linewidth=0.4)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    saved(figure, "tree-mask", "python benchmarks/figures.py --only tree-mask")
+
+
+def step_cost() -> None:
+    """What a step costs in plain steps by its nodes, against the tokens that it yields."""
+    figure, axis = plt.subplots(figsize=(9, 5))
+    for (name, title), colour in zip(SHAPES.items(), (BLUE, GREEN, ORANGE, RED), strict=True):
+        data = read_json(RESULTS / f"{'1B-curve' if name == '1B' else name}.json")
+        for mode, points in data["curve"].items():
+            points = [p for p in points if p["context"] == 128]
+            axis.plot([p["nodes"] for p in points], [p["break_even_tokens_per_step"] for p in points], marker="o",
+                      color=colour, linestyle="-" if mode == "eager" else ":", label=f"cost, {title}, {mode}")
+    found = read_json(TREE)["candidates"]
+    axis.plot([1, *(c["nodes"] for c in found)], [1, *(c["tokens_per_step"] for c in found)], color="black",
+              linewidth=3, label="yield: tokens per step of the embedded heads")
+    axis.set(xscale="log", yscale="log", xticks=(nodes := [1, 2, 4, 8, 16, 32, 64]), xticklabels=nodes,
+             yticks=(steps := [1, 2, 3, 4, 6, 10, 20, 30]), yticklabels=steps,
+             xlabel="nodes of the tree, the root included",
+             ylabel="plain steps, or tokens per step", title="A tree pays where the black line is above a cost")
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, ncols=2)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    saved(figure, "step-cost", "python benchmarks/compare.py {model,v0,110M,1B} --curve; generate.py --tune")
+
+
+def peers() -> None:
+    """Tokens per second of everything that was compared, a panel a model."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 9))
+    for axis, (name, title) in zip(axes.flat, SHAPES.items(), strict=True):
+        rows = [r for r in read_json(RESULTS / f"{name}.json")["rows"] if r.get("tokens_per_second")][::-1]
+        for y, row in enumerate(rows):
+            speed, (low, high), lossy = row["tokens_per_second"], row["quartiles"], "lossy" in row["row"]
+            axis.barh(y, speed, color=GREY if lossy else BLUE if row["row"].startswith("ours") else ORANGE,
+                      hatch="///" if lossy else None, xerr=[[max(0, speed - low)], [max(0, high - speed)]],
+                      error_kw={"elinewidth": 0.8})
+            axis.text(high, y, f" {speed:,.0f}", va="center", fontsize=7)
+        axis.set(yticks=range(len(rows)), yticklabels=[r["row"] for r in rows], title=f"{title}, tokens per second")
+        axis.tick_params(axis="y", labelsize=7)
+        axis.margins(x=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("one prompt at a time, greedy, medians with quartiles: ours blue, peers orange, with loss hatched")
+    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    saved(figure, "peers", COMPARE)
+
+
+def depth() -> None:
+    """Tokens per step of trees cut off at each depth."""
+    data = read_json(RESULTS / "depth.json")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2))
+    for name, colour in zip(dict.fromkeys(r["tree"] for r in data["rows"]), (BLUE, GREEN, ORANGE), strict=True):
+        rows = [r for r in data["rows"] if r["tree"] == name]
+        left.plot([r["depth"] for r in rows], [r["tokens_per_step"] for r in rows], marker="o", color=colour,
+                  label=name)
+        for r in rows:
+            left.annotate(f"{r['nodes']}", (r["depth"], r["tokens_per_step"]), textcoords="offset points",
+                          xytext=(0, 5), fontsize=7, ha="center", color=colour)
+        right.plot(range(len(rows[-1]["reach"])), rows[-1]["reach"], marker="o", color=colour, label=name)
+    left.set(xticks=range(5), xlabel="depth at which the tree is cut (0: plain decoding); its nodes at each point",
+             ylabel="tokens per step")
+    right.set(xticks=range(5), ylim=(0, 1.03), xlabel="drafts accepted, at least", ylabel="share of the steps")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    saved(figure, "depth", data["command"])
+
+
+def measure_depth() -> None:
+    """Decodes the held-out openings with trees cut off at each depth, the embedded heads and the paper's."""
+    torch.set_num_threads(1)
+    model, rows = Llama.from_pretrained(ROOT / "model"), []
+    prompts = Tokenizer(ROOT / "model", model.config).encode_batch(openings_of(ROOT / "benchmarks" / "openings.txt"))
+    for folder, title, paths in (("medusa", "Hydra heads, shipped tree", read_tree(str(TREE), "cpu")[0]),
+                                 ("medusa", "Hydra heads, published tree", published_tree(4, 63)),
+                                 ("medusa-paper", "the paper's heads, published tree", published_tree(4, 63))):
+        heads = MedusaHeads.from_pretrained(ROOT / "model" / folder, model)
+        for deepest in range(5):
+            tree, counts, begun = heads.tree([p for p in paths if len(p) <= deepest]), Counter(), set()
+            for step in generate(model, prompts, 200, heads=heads, tree=tree, batch_size=50):
+                counts.update(len(ids) for i, ids in step.items() if i in begun)
+                begun |= step.keys()
+            steps, at_least = counts.total(), lambda n, counts=counts: sum(c for size, c in counts.items() if size > n)
+            rows.append({"tree": title, "depth": deepest, "nodes": len(tree.paths), "steps": steps,
+                         "tokens_per_step": round(sum(n * c for n, c in counts.items()) / steps, 4),
+                         "reach": [round(at_least(n) / steps, 4) for n in range(deepest + 1)]})
+            print(json.dumps(rows[-1]))
+    write_json(RESULTS / "depth.json", {"command": "python benchmarks/figures.py --measure-depth", "rows": rows})
+
+
+def batch() -> None:
+    """Tokens per second by batch size: plain decoding, and Medusa with the best tree of each size."""
+    names = [name for name in ("model", "110M") if (RESULTS / f"batch-{name}.json").exists()]
+    figure, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.6), squeeze=False)
+    commands = []
+    for axis, name in zip(axes[0], names, strict=True):
+        data = read_json(RESULTS / f"batch-{name}.json")
+        commands.append(data["command"])
+        for mode, style in (("eager", "-"), ("compiled", ":")):
+            sizes = sorted({r["batch"] for r in data["rows"] if r["mode"] == mode})
+            rows = [[r for r in data["rows"] if (r["mode"], r["batch"]) == (mode, size)] for size in sizes]
+            plain = [next(r for r in some if r["nodes"] == 1) for some in rows]
+            best = [max((r for r in some if r["nodes"] > 1), key=lambda r: r["tokens_per_second"]) for some in rows]
+            for some, colour, label in ((plain, ORANGE, "plain"), (best, BLUE, "Medusa, best tree (its nodes)")):
+                if some:
+                    axis.errorbar(sizes, [r["tokens_per_second"] for r in some], yerr=[
+                        [max(0, r["tokens_per_second"] - r["quartiles"][0]) for r in some],
+                        [max(0, r["quartiles"][1] - r["tokens_per_second"]) for r in some]],
+                        color=colour, linestyle=style, marker="o", label=f"{label}, {mode}", elinewidth=0.8)
+            for r in best:
+                axis.annotate(f"{r['nodes']}", (r["batch"], r["tokens_per_second"]), textcoords="offset points",
+                              xytext=(0, 6), fontsize=8, ha="center", color=BLUE)
+        axis.set(xscale="log", yscale="log", xticks=sizes, xticklabels=sizes, xlabel="prompts at once",
+                 ylabel="tokens per second", title=SHAPES[name])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    saved(figure, "batch", "\n".join(commands))
+
+
+def main():
+    drawn = {"tree-mask": tree_mask, "step-cost": step_cost, "depth": depth, "peers": peers, "batch": batch}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=list(drawn))
+    parser.add_argument("--measure-depth", action="store_true")
+    args = parser.parse_args()
+    plt.rcParams.update({"svg.hashsalt": "tinymedusa", "svg.fonttype": "none", "font.size": 9})
+    if args.measure_depth:
+        measure_depth()
+    for name, draw in drawn.items():
+        if args.only in (None, name):
+            draw()
+
+
+if __name__ == "__main__":
+    command_line(main)
