@@ -647,17 +647,19 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         model.set_buffers(at_least_float32(dtype), device)
-        read_tensors(found, model.tensors(only=-1), what)
+        odd = read_tensors(found, model.tensors(only=-1), what)
         if int8:
             model.lm_head = Int8Head(model.lm_head.weight)
         for number, layer in enumerate(model.layers):
             tensors = model.tensors(only=number)
-            read_tensors(found, tensors, what)
+            odd_here = read_tensors(found, tensors, what)
+            odd = odd or odd_here
             for name, tensor in tensors.items():
                 if "q_proj" in name or "k_proj" in name:
                     tensor.copy_(interleaved(tensor, config.head_dim))
             if int8:
                 model.weights = [*(model.weights or ()), layer.let_go(lambda matrix: Int8.of(matrix.t()))]
+        warn(odd, what)
         return model.eval()
 
     def save(self, folder, dtype: torch.dtype | None = None) -> None:
@@ -798,9 +800,10 @@ READ_AT_ONCE = 2 ** 24      # bytes that are read of a mapped file before it is 
 
 
 @torch.no_grad()
-def read_tensors(found: dict, into: dict[str, Tensor], what: str) -> None:
-    """Reads `open_tensors` into tensors of the same names, some rows at a time, into their dtype and device."""
-    opened, used, warned = {}, 0, False
+def read_tensors(found: dict, into: dict[str, Tensor], what: str) -> str | None:
+    """Reads `open_tensors` into tensors of the same names, some rows at a time, into their dtype and device; the name
+    of the first one that holds what is no number (see `copy`)."""
+    opened, used, odd = {}, 0, None
     for name, tensor in into.items():
         file, shape, _, there = found[name]
         step = max(1, READ_AT_ONCE // max(1, 4 * math.prod(shape[1:])))
@@ -815,10 +818,14 @@ def read_tensors(found: dict, into: dict[str, Tensor], what: str) -> None:
             except (RuntimeError, SafetensorError) as error:    # a sparse tensor, one without data
                 raise UserError(f"{what}: can't read {there} of {file}: {error}") from error
             used += 4 * rows.numel()
-            if not fine and not warned:
-                print(f"{what}: {there} holds NaN or numbers too large to compute with: expect nonsense",
-                      file=sys.stderr)
-                warned = True
+            odd = odd if fine else odd or name
+    return odd
+
+
+def warn(odd: str | None, what: str) -> None:
+    """A line about what `read_tensors` found."""
+    if odd:
+        print(f"{what}: {odd} holds NaN or numbers too large to compute with: expect nonsense", file=sys.stderr)
 
 
 def read_json(path) -> dict:

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import llama
 from llama import (HEADS_INSIDE, MOST, ROTARY_SLACK, SMALL_HEAD, Int8Head, Llama, LlamaConfig, UserError,
                    at_least_float32, check_tensors, keep_rows, locate, mask_table, new_cache, open_tensors, read_json,
-                   read_tensors, some_rows, visible, weight_files, write_atomic, write_json, write_tensors)
+                   read_tensors, some_rows, visible, warn, weight_files, write_atomic, write_json, write_tensors)
 
 # ------------------------------------------------------------------------------------------------------------- tree
 
@@ -364,7 +364,7 @@ class MedusaHeads(nn.Module):
                         None if size is None else torch.arange(size))
         check_tensors(found, heads.names(), what)
         heads = heads.to(model.norm.dtype).to_empty(device=model.norm.device)   # only now does it take memory
-        read_tensors(found, heads.names(), what)
+        warn(read_tensors(found, heads.names(), what), what)
         ids = torch.arange(1) if heads.token_map is None else heads.token_map
         if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) < len(ids):
             raise UserError(f"{what}: token_map must hold different ids below {vocab_size}")
