@@ -10,10 +10,9 @@ import argparse
 import json
 import math
 import os
-import pickle
 import signal
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -89,7 +88,9 @@ def command_line(main) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # else Python complains once more at its exit
     except (UserError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        line = line if len(line) < 900 else f"{line[:600]} [...] {line[-200:]}"        # a file may hold a novel
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
         sys.exit(2)
     finally:
         for number, handler in before.items():
@@ -97,6 +98,8 @@ def command_line(main) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
+
+MOST, LONGEST = 2 ** 19, 2 ** 22    # a size, so that no product of three is too large for torch; a context
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -133,18 +136,19 @@ class LlamaConfig:
             for name in names:
                 if not test(getattr(self, name)):
                     raise UserError(f"config: {name} is {getattr(self, name)!r}, it must be {want}")
-        whole = lambda v: type(v) is int and v >= 1
+        whole = lambda v, most=MOST: type(v) is int and 1 <= v <= most
         token = lambda v: type(v) is int and 0 <= v < self.vocab_size
-        must_be("a whole number of at least 1", whole, "vocab_size", "hidden_size", "intermediate_size",
-                "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-        must_be("a whole number of at least 1", lambda v: v is None or whole(v), "num_key_value_heads", "head_dim")
-        must_be("a positive number", lambda v: type(v) in (int, float) and 0 < v < float("inf"),
-                "rms_norm_eps", "rope_theta")
+        positive = lambda v: type(v) in (int, float) and 1e-18 < v < 1e18      # else float32 overflows somewhere
+        must_be(f"a whole number from 1 to {MOST}", whole, "vocab_size", "hidden_size", "intermediate_size",
+                "num_hidden_layers", "num_attention_heads")
+        must_be(f"a whole number from 1 to {LONGEST}", lambda v: whole(v, LONGEST), "max_position_embeddings")
+        must_be(f"a whole number from 1 to {MOST}", lambda v: v is None or whole(v), "num_key_value_heads", "head_dim")
+        must_be("a positive number, below 1e18", positive, "rms_norm_eps", "rope_theta")
         for name in ROPE_NUMBERS[(self.rope_scaling or {}).get("rope_type", "default")]:
             value = self.rope_scaling[name]
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
-                raise UserError(f"config: rope_scaling has {name} {value!r}, it must be a positive number")
-        must_be("a whole number of at least 1", lambda v: v is None or whole(v), "sliding_window")
+            if not positive(value):
+                raise UserError(f"config: rope_scaling has {name} {value!r}, it must be a positive number, below 1e18")
+        must_be("a whole number of at least 1", lambda v: v is None or whole(v, float("inf")), "sliding_window")
         must_be("true or false", lambda v: type(v) is bool, "tie_word_embeddings", "attention_bias", "mlp_bias")
         must_be(f"one of {', '.join(DTYPES)}", lambda v: v in tuple(DTYPES), "dtype")
         must_be("a token id", lambda v: v is None or token(v), "bos_token_id")
@@ -194,7 +198,7 @@ class LlamaConfig:
                 refuse(field, data[field], "an object")
         rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
         kind = rope.get("rope_type", rope.get("type")) or "default"
-        if kind not in ROPE_NUMBERS:
+        if kind not in tuple(ROPE_NUMBERS):
             refuse("rope_parameters" if data.get("rope_parameters") else "rope_scaling", kind,
                    " or ".join(map(repr, ROPE_NUMBERS)))
         data = {"dtype": data.get("torch_dtype"), **data}
@@ -223,7 +227,7 @@ ROTARY_SLACK = 64   # positions beyond the context: the nodes of a tree that sta
 
 def frequencies(config: LlamaConfig) -> Tensor:
     """Radians a position of every pair: [D/2]. Llama 3 slows down those with few turns in its original context."""
-    inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim)
+    inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     scaling = config.rope_scaling or {}
     if scaling.get("rope_type") == "linear":
         return inverse / scaling["factor"]
@@ -237,8 +241,7 @@ def frequencies(config: LlamaConfig) -> Tensor:
 
 def rotary_table(config: LlamaConfig, dtype=torch.float32) -> Tensor:
     """cos and sin of every position times every frequency: [positions, D/2, 2], computed as HF does, in float32."""
-    angle = torch.arange(config.max_position_embeddings + ROTARY_SLACK, device="cpu").float()[:, None] \
-        * frequencies(config)
+    angle = torch.arange(config.max_position_embeddings + ROTARY_SLACK).float()[:, None] * frequencies(config)
     return torch.stack((angle.cos(), angle.sin()), -1).to(dtype)
 
 
@@ -537,14 +540,14 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.set_buffers(torch.float32, "cpu")
+        self.set_buffers(torch.float32, self.norm.device)       # on "meta" nothing is computed
         self.weights = None
 
     def set_buffers(self, dtype, device) -> None:
         """What follows from the config alone, in the dtype that norms and rotary embedding are computed in."""
         floor = (self.config.hidden_size * self.config.rms_norm_eps) ** 0.5
         for name, buffer in (("rotary", rotary_table(self.config, dtype)),                      # [positions, D/2, 2]
-                             ("zero_and_floor", torch.tensor([0, floor], dtype=dtype, device="cpu"))):
+                             ("zero_and_floor", torch.tensor([0, floor], dtype=dtype))):
             self.register_buffer(name, buffer.to(device), persistent=False)
 
     def _apply(self, *args, **options):
@@ -648,6 +651,9 @@ class Llama(nn.Module):
         found = {name: at for name, at in found.items() if not name.startswith(HEADS_INSIDE)}
         if "lm_head.weight" in found:                # though the config may say tied: HF, too, takes the file's word
             config = replace(config, tie_word_embeddings=False)
+        if config.num_hidden_layers > len(found):    # before they are built
+            raise UserError(f"{what}: config.json says {config.num_hidden_layers} layers, the files hold only "
+                            f"{len(found)} tensors: they don't belong together")
         with torch.device("meta"):
             model = cls(config)                      # shapes only: no random initialisation
         model = model.to(dtype)
@@ -656,17 +662,19 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             model.lm_head.weight = model.embed_tokens.weight
         model.set_buffers(at_least_float32(dtype), device)
-        read_tensors(found, model.tensors(only=-1), what)
+        odd = read_tensors(found, model.tensors(only=-1), what)
         if int8:
             model.lm_head = Int8Head(model.lm_head.weight)
         for number, layer in enumerate(model.layers):
             tensors = model.tensors(only=number)
-            read_tensors(found, tensors, what)
+            odd_here = read_tensors(found, tensors, what)
+            odd = odd or odd_here
             for name, tensor in tensors.items():
                 if "q_proj" in name or "k_proj" in name:
                     tensor.copy_(interleaved(tensor, config.head_dim))
             if int8:
                 model.weights = [*(model.weights or ()), layer.let_go(lambda matrix: Int8.of(matrix.t()))]
+        warn(odd, what)
         return model.eval()
 
     def save(self, folder, dtype: torch.dtype | None = None) -> None:
@@ -732,7 +740,7 @@ def weight_files(name_or_path, revision=None) -> list[Path]:
                       ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         if index := locate(name_or_path, many, revision, required=False):
             weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            if not isinstance(weight_map, dict) or not {str}.issuperset(map(type, weight_map.values() or [None])):
                 raise UserError(f"{index}: weight_map must be an object of file names")
             shards = sorted(set(weight_map.values()))
             for name in shards:
@@ -754,7 +762,7 @@ def open_file(file: Path, what: str) -> dict:
             handle = safe_open(file, "pt")
             return {name: handle.get_slice(name) for name in handle.keys()}
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:      # of a damaged pickle it may be any
         raise UserError(f"{what}: can't read {file}: {str(error).partition(chr(10))[0]}") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{what}: {file} is not a dictionary of tensors")
@@ -762,13 +770,22 @@ def open_file(file: Path, what: str) -> dict:
 
 
 def open_tensors(files, what: str) -> dict[str, tuple]:
-    """The names in some files → the file that holds each, its shape, its name there; no tensor is read yet."""
-    shape = lambda t: tuple(t.shape if isinstance(t, Tensor) else t.get_shape())
-    return {name: (file, shape(t), name) for file in files for name, t in open_file(Path(file), what).items()}
+    """The names in some files → the file that holds each, its shape, its dtype, its name there; none is read yet."""
+    found = {}
+    for file in files:
+        for name, t in open_file(Path(file), what).items():
+            if name in found:
+                raise UserError(f"{what}: {name} stands in {found[name][0]} and in {file}: which one is meant?")
+            plain = isinstance(t, Tensor)
+            found[name] = (file, tuple(t.shape if plain else t.get_shape()), t.dtype if plain else t.get_dtype(), name)
+    return found
+
+
+FLOATS = ("F64", "F32", "F16", "BF16", *DTYPES.values())    # as safetensors names them, and torch
 
 
 def check_tensors(found: dict, into: dict[str, Tensor], what: str) -> None:
-    """UserError that names every missing, unexpected and wrongly shaped tensor of `open_tensors`."""
+    """UserError that names every missing, unexpected and wrongly shaped or typed tensor of `open_tensors`."""
     problems = []
     # inv_freq: rotary frequencies that old transformers stored; they are derived from the config
     unexpected = [n for n in found if n not in into and not n.endswith("rotary_emb.inv_freq")]
@@ -777,19 +794,33 @@ def check_tensors(found: dict, into: dict[str, Tensor], what: str) -> None:
             problems.append(f"{title}: {', '.join(names)}")
     problems += [f"{n} has shape {list(found[n][1])}, expected {list(tensor.shape)}"
                  for n, tensor in into.items() if n in found and found[n][1] != tuple(tensor.shape)]
+    problems += [f"{n} holds {found[n][2]}, expected {'floats' if tensor.is_floating_point() else 'integers'}"
+                 for n, tensor in into.items()
+                 if n in found and (found[n][2] in FLOATS) != tensor.is_floating_point()]
     if problems:
         raise UserError(f"{what}: the tensors do not fit the config: {'; '.join(problems)}")
+
+
+def copy(rows: Tensor, to: Tensor) -> bool:
+    """Copies, and tells whether all numbers are finite and of a size that can be squared: sums do, of parts that a
+    core's own cache holds, next to no work there; where one looks odd, each number is looked at."""
+    step, fine = max(1, 2 ** 19 // max(1, rows[:1].numel() * rows.element_size())), True
+    for part, place in zip(rows.split(step), to.split(step), strict=True):
+        place.copy_(part)
+        fine = fine and (abs(part.sum().item()) < 1e18 or bool((part.double().abs() < 1e18).all()))
+    return fine
 
 
 READ_AT_ONCE = 2 ** 24      # bytes that are read of a mapped file before it is opened anew
 
 
 @torch.no_grad()
-def read_tensors(found: dict, into: dict[str, Tensor], what: str) -> None:
-    """Reads `open_tensors` into tensors of the same names, some rows at a time, into their dtype and device."""
-    opened, used = {}, 0
+def read_tensors(found: dict, into: dict[str, Tensor], what: str) -> str | None:
+    """Reads `open_tensors` into tensors of the same names, some rows at a time, into their dtype and device; the name
+    of the first one that holds what is no number (see `copy`)."""
+    opened, used, odd = {}, 0, None
     for name, tensor in into.items():
-        file, shape, there = found[name]
+        file, shape, _, there = found[name]
         step = max(1, READ_AT_ONCE // max(1, 4 * math.prod(shape[1:])))
         for begin in range(0, len(tensor), step):
             if used >= READ_AT_ONCE:
@@ -797,8 +828,19 @@ def read_tensors(found: dict, into: dict[str, Tensor], what: str) -> None:
             if file not in opened:
                 opened[file] = open_file(Path(file), what)
             rows = tensor[begin:begin + step]
-            rows.copy_(opened[file][there][begin:begin + step])
+            try:
+                fine = copy(opened[file][there][begin:begin + step], rows)
+            except (RuntimeError, SafetensorError) as error:    # a sparse tensor, one without data
+                raise UserError(f"{what}: can't read {there} of {file}: {error}") from error
             used += 4 * rows.numel()
+            odd = odd if fine else odd or name
+    return odd
+
+
+def warn(odd: str | None, what: str) -> None:
+    """A line about what `read_tensors` found."""
+    if odd:
+        print(f"{what}: {odd} holds NaN or numbers too large to compute with: expect nonsense", file=sys.stderr)
 
 
 def read_json(path) -> dict:
@@ -857,13 +899,11 @@ class Tokenizer:
             or locate(name_or_path, "tokenizer.model", revision, required=False) \
             or locate(name_or_path, "tokenizer.json", revision)
         self.before = lambda text: text     # what is done to a text before the library's part
-        try:
+        with self.reading(f"can't read the tokenizer {path}"):
             if path.suffix == ".model":
                 self.backend, self.before = sentencepiece.read(path)
             else:
                 self.backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"can't read the tokenizer {path}: {error}") from error
         self.backend.no_truncation()        # what a training run may have left in the file
         self.backend.no_padding()
         settings = locate(name_or_path, "tokenizer_config.json", revision, required=False)
@@ -873,21 +913,38 @@ class Tokenizer:
             add_bos = str(settings.get("tokenizer_class", "Llama")).startswith("Llama")
         self.bos = [config.bos_token_id] if add_bos and config.bos_token_id is not None else []
         self.eos = list(config.eos_token_ids)
-        self.path, self.size = path, self.backend.get_vocab_size()
+        self.path, self.size, self.vocab_size = path, self.backend.get_vocab_size(), config.vocab_size
         if self.size > config.vocab_size:
             raise UserError(f"{path} has {self.size} entries, the model only {config.vocab_size}: "
                             "they don't belong together")
 
+    @staticmethod
+    @contextmanager
+    def reading(what: str):
+        """The library raises bare Exceptions, and a panic of its Rust is not even one."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise UserError(f"{what}: {error}") from error
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, bos first (whether or not the file's own post-processor writes it)."""
-        encoded = self.backend.encode_batch_fast([self.before(text) for text in texts])
-        return [e.ids if e.ids[:1] == self.bos else self.bos + e.ids for e in encoded]
+        with self.reading(f"{self.path} can't encode this text"):
+            encoded = [e.ids for e in self.backend.encode_batch_fast([self.before(text) for text in texts])]
+        largest = max((max(ids, default=0) for ids in encoded), default=0)
+        if largest >= self.vocab_size:
+            raise UserError(f"{self.path} has the id {largest}, the model only {self.vocab_size} entries: "
+                            "they don't belong together")
+        return [ids if ids[:1] == self.bos else self.bos + ids for ids in encoded]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def decode(self, ids) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        with self.reading(f"{self.path} can't decode"):
+            return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def stream(self, prompt_ids):
         """A function (new ids, end) → the text they add to what it returned before, never half a character.

@@ -34,9 +34,9 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import llama
-from llama import (HEADS_INSIDE, ROTARY_SLACK, SMALL_HEAD, Int8Head, Llama, LlamaConfig, UserError, at_least_float32,
-                   check_tensors, keep_rows, locate, mask_table, new_cache, open_tensors, read_json, read_tensors,
-                   some_rows, visible, weight_files, write_atomic, write_json, write_tensors)
+from llama import (HEADS_INSIDE, MOST, ROTARY_SLACK, SMALL_HEAD, Int8Head, Llama, LlamaConfig, UserError,
+                   at_least_float32, check_tensors, keep_rows, locate, mask_table, new_cache, open_tensors, read_json,
+                   read_tensors, some_rows, visible, warn, weight_files, write_atomic, write_json, write_tensors)
 
 # ------------------------------------------------------------------------------------------------------------- tree
 
@@ -46,7 +46,7 @@ PUBLISHED_TREE = [[int(rank) for rank in path] for path in (
     "011 006 030 50 13 007 008 009 60 040 14 70 012 200 31 22 80 050 15 101 021 90 060 0001 16 070").split()]
 
 
-LARGEST_TREE = 1024     # its mask is of this size squared
+LARGEST_TREE = 2048     # paths: each pair of nodes has entries in its tables
 
 
 def published_tree(num_heads: int, nodes: int = 15, vocab_size: int = 10) -> list[list[int]]:
@@ -86,7 +86,7 @@ class Tree(NamedTuple):
         if not isinstance(paths, (list, tuple)):
             raise UserError(f"tree: expected a list of paths such as [[0], [0, 0], [1]], got {paths!r}")
         if len(paths) > LARGEST_TREE:
-            raise UserError(f"tree: {len(paths)} paths are too many, at most {LARGEST_TREE} can be verified at once")
+            raise UserError(f"tree: {len(paths)} paths, at most {LARGEST_TREE} are supported")
         for p in paths:
             if not isinstance(p, (list, tuple)) or not p or any(type(r) is not int or r < 0 for r in p):
                 raise UserError(f"tree: {p!r} is not a path: expected a list of ranks such as [0, 2]")
@@ -341,7 +341,7 @@ class MedusaHeads(nn.Module):
         UserError: the config says otherwise, a tensor is missing or not understood, or the model is of another shape.
         """
         config, vocab_size = read_json(locate(name_or_path, "config.json", revision)), model.config.vocab_size
-        whole = lambda v: type(v) is int and v >= 1
+        whole = lambda v: type(v) is int and 1 <= v <= MOST
         for key, fits, want in (
                 ("medusa_num_heads", whole, "a whole number"), ("medusa_num_layers", whole, "a whole number"),
                 ("tie_lm_head", lambda v: v in (None, True, False), "true or false"),
@@ -366,9 +366,9 @@ class MedusaHeads(nn.Module):
             heads = cls(model, num_heads, num_layers, tied, config.get("medusa_width"),
                         config.get("medusa_kind") or "medusa", config.get("medusa_recent") or 1,
                         None if size is None else torch.arange(size))
-        heads = heads.to_empty(device=model.norm.device).to(model.norm.dtype)
         check_tensors(found, heads.names(), what)
-        read_tensors(found, heads.names(), what)
+        heads = heads.to(model.norm.dtype).to_empty(device=model.norm.device)   # only now does it take memory
+        warn(read_tensors(found, heads.names(), what), what)
         ids = torch.arange(1) if heads.token_map is None else heads.token_map
         if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) < len(ids):
             raise UserError(f"{what}: token_map must hold different ids below {vocab_size}")
@@ -391,11 +391,14 @@ def count_heads(found: dict, config: dict, what: str) -> tuple[int, int, bool]:
 
     Published configs name fewer heads than their files hold: all are used, and a line on stderr says so.
     """
-    blocks = [re.fullmatch(r"(\d+)\.(\d+)\.(?:linear|up)\.weight", name) for name in found]
+    blocks = [re.fullmatch(r"(\d{1,9})\.(\d{1,9})\.(?:linear|up)\.weight", name) for name in found]
     numbers = [tuple(map(int, match.groups())) for match in blocks if match]
     if not numbers:
         raise UserError(f"{what}: no Medusa heads among its tensors, expected names such as 0.0.linear.weight")
     num_heads, num_layers = (1 + max(column) for column in zip(*numbers, strict=True))
+    if num_heads * num_layers > len(found):
+        raise UserError(f"{what}: the tensors' names tell {num_heads} heads of {num_layers} blocks, but there are only "
+                        f"{len(found)} tensors")
     tied, said = f"0.{num_layers}.weight" not in found, config["medusa_num_heads"]
     if said < num_heads:
         print(f"{what}: config.json says {said} heads, the file holds {num_heads}: all are used", file=sys.stderr)
@@ -411,7 +414,8 @@ def base_of(name_or_path, revision=None) -> str | None:
     """The model that some heads belong to, if the name is that of heads alone, as published: else None."""
     config = locate(name_or_path, "config.json", revision, required=False)
     config = read_json(config) if config else {}
-    return None if "model_type" in config else config.get("base_model_name_or_path")
+    base = config.get("base_model_name_or_path")
+    return base if isinstance(base, str) and "model_type" not in config else None
 
 
 def read_tree(text, mode: str | None = None, rows: int = 1) -> tuple[list, str | None]:

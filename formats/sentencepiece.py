@@ -11,6 +11,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6     # the types of a piece
+MOST_KEYS, LONGEST_KEY = 500_000, 256   # of a table of characters, with their beginnings: the library's has 264,182
+LONGEST_PIECE = 1024        # characters; `merges` tries each place to split one. Trained with default settings: 16
 BPE = 2                                                                     # of the kinds of model
 
 
@@ -26,6 +28,8 @@ def fields(data: bytes) -> dict[int, list]:
             value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
             if byte < 128:
                 return value
+            if shift >= 70:
+                raise ValueError("a number has more than ten bytes")
 
     while at < len(data):
         key = varint()
@@ -56,17 +60,21 @@ def charsmap(data: bytes) -> dict[str, str]:
     size, = struct.unpack_from("<I", data)
     units, texts = struct.unpack_from(f"<{size // 4}I", data, 4), data[4 + size:]
     offset = lambda unit: unit >> 10 << ((unit & 512) >> 6)
-    found, waiting = {}, [(b"", offset(units[0]))]
+    children = defaultdict(list)        # a base → those of its 255 places that are its own
+    for node, unit in enumerate(units):
+        if 0 < (byte := unit & (1 << 31 | 255)) < 256:
+            children[node ^ byte].append((byte, node))
+    found, waiting, seen = {}, [(b"", offset(units[0]))], 0
     while waiting:
         key, base = waiting.pop()
-        for byte in range(1, 256):
-            node = base ^ byte
-            if node >= len(units) or units[node] & (1 << 31 | 255) != byte:
-                continue
+        seen += 1
+        if seen > MOST_KEYS or len(key) > LONGEST_KEY:
+            raise ValueError("its table of characters is too large, or runs in circles")
+        for byte, node in children[base]:
             below, longer = node ^ offset(units[node]), key + bytes([byte])
             if units[node] >> 8 & 1:
-                text = texts[units[below] & 0x7fffffff:]
-                found[longer.decode()] = text[:text.index(0)].decode()
+                at = units[below] & 0x7fffffff
+                found[longer.decode()] = texts[at:texts.index(0, at)].decode()
             waiting.append((longer, below))
     return found
 
@@ -107,6 +115,8 @@ def read(path) -> tuple[Tokenizer, Callable[[str], str]]:
         raise ValueError("its model is not BPE; only SentencePiece's BPE is supported")
     if {UNUSED, USER_DEFINED} & set(types) or trainer.get(24, [0])[0] or not spec.get(5, [1])[0]:
         raise ValueError("unused or user-defined pieces, spaces as suffixes or unescaped are not supported")
+    if max(map(len, names), default=0) > LONGEST_PIECE:
+        raise ValueError(f"it has pieces of more than {LONGEST_PIECE} characters")
     if types.count(UNKNOWN) != 1:
         raise ValueError("it has no unknown piece, or several")
     if types.count(BYTE) not in (0, 256):

@@ -1,4 +1,5 @@
 """tokenizer.model read by ourselves against the sentencepiece library: the same ids, the same text."""
+import struct
 import sys
 from pathlib import Path
 
@@ -63,11 +64,18 @@ def test_documents_begin_with_bos_and_pieces_stream(tmp_path):
     (lambda data: b"", "not a SentencePiece model"),
     (lambda data: b"nonsense", "field|wire|not a SentencePiece|ends early"),
     (lambda data: data[:len(data) // 2], "ends early|not a SentencePiece"),
+    (lambda data: data + b"\x08" + b"\xff" * 1000, "a number has more than ten bytes"),
+    (lambda data: data + b"\x0a\xd3\x0f" + b"\x0a\xd0\x0f" + b"x" * 2000, "pieces of more than 1024 characters"),
 ])
 def test_damaged_files(damage, says, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(damage(SMALL.read_bytes()))
     with pytest.raises(UserError, match=f"can't read the tokenizer .*({says})"):
         Tokenizer(tmp_path, tiny_llama(vocab_size=700).config)
+
+
+def test_a_table_that_runs_in_circles():
+    with pytest.raises(ValueError, match="runs in circles"):
+        ours.charsmap(struct.pack("<3I", 8, 0, 1 | 1 << 10))        # behind byte 1 stands where byte 1 does
 
 
 def test_other_kinds_are_refused(tmp_path):

@@ -1,0 +1,176 @@
+"""Inputs that can't break it: a short run of benchmarks/fuzz.py, whether that can fail at all, and random values."""
+import faulthandler
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import llama
+from llama import Llama, LlamaConfig, UserError
+from tinymedusa import Tree
+
+sys.path.append(str(ROOT / "benchmarks"))
+import fuzz  # noqa: E402
+
+if not sys.platform.startswith("linux"):
+    pytest.skip("benchmarks/fuzz.py forks and reads /proc", allow_module_level=True)
+same_each_time = settings(deadline=None, derandomize=True, database=None, max_examples=200)
+
+
+# ---------------------------------------------------------------------------------------------- mutated files
+
+def test_mutated_files_end_in_a_line_or_a_right_answer():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "fuzz.py", "--mutations", "144", "--seed", "5000000"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    total = [int(cell) for cell in done.stdout.splitlines()[-1].split("|")[2:9]]
+    assert total[0] == 144 == sum(total[1:]) and total[1] > 30 and total[3] > 10      # errors and answers, both
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("healthy")
+    fuzz.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(healthy):
+    return dict(fuzz.run(["plain"], healthy, 1, 60))["plain"]
+
+
+def nothing(*args, **options):
+    raise KeyError("weight")
+
+
+def memory(*args, **options):
+    torch.ones(2 ** 28).sum()                   # 1 GiB
+    raise UserError("nothing wrong")
+
+
+def too_much(*args, **options):
+    return torch.ones(2 ** 36)
+
+
+def forever(*args, **options):
+    time.sleep(60)
+
+
+def crash(*args, **options):
+    faulthandler.disable()                      # pytest's
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def two_lines(*args, **options):
+    print("something else", file=sys.stderr)
+    raise UserError("and a line")
+
+
+@pytest.mark.parametrize("loader, says", [
+    (nothing, "KeyError: 'weight'"), (memory, "times the healthy run's memory"), (forever, "no end after 1 s"),
+    (too_much, "can't allocate memory"), (crash, "killed by SIGSEGV"), (two_lines, "not one short line on stderr")])
+def test_the_harness_sees(loader, says, healthy, reference, monkeypatch):
+    monkeypatch.setattr(llama.Llama, "from_pretrained", loader)
+    job = fuzz.job(1, healthy)
+    (_, result), = fuzz.run([job], healthy, 1, timeout=1 if loader is forever else 20)
+    verdict, why = fuzz.judge(job, result, reference)
+    assert verdict == "failure" and says in why
+
+
+def test_the_harness_sees_a_wrong_answer(healthy, reference):
+    """Text that changed though only the heads were touched, and Medusa's tokens that are not plain decoding's."""
+    answer = json.loads(reference.out)
+    judged = lambda file, change, same=False: fuzz.judge(
+        fuzz.Job(0, "plain", file, b"", same), reference._replace(out=json.dumps(answer | change)), reference)[0]
+    other, parts = {"baseline": {"text": "x"}}, lambda margin: {"identical": False, "first_difference": margin}
+    assert judged("config.json", {}) == judged("config.json", other) == "answer"
+    assert judged("medusa/tree.json", other) == judged("config.json", other, same=True) == "failure"
+    assert judged("config.json", parts({"margin": 0.1})) == judged("config.json", parts(None)) == "failure"
+    assert judged("config.json", parts({"margin": 1e-6})) == "near tie"
+    refused = reference._replace(status=2, err="generate.py: no\n")
+    assert fuzz.judge(fuzz.Job(0, "plain", "config.json", b"", True), refused, reference)[0] == "failure"
+
+
+def test_a_seed_is_a_mutation(healthy):
+    for seed in range(len(fuzz.TARGETS)):
+        assert fuzz.job(seed, healthy) == fuzz.job(seed, healthy)
+
+
+# ----------------------------------------------------------------------------------------------- random values
+
+junk = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+                    max_leaves=5)
+some_path = st.lists(st.integers(-1, 5), max_size=5) | st.lists(st.integers(0, 4), min_size=1, max_size=2) | junk
+closed = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=4), max_size=8).map(
+    lambda paths: [list(p) for p in {tuple(path[:n]) for path in paths for n in range(1, len(path) + 1)}])
+
+
+def is_tree(paths) -> bool:
+    """The definition, for 4 heads that draft 5 tokens."""
+    return isinstance(paths, list) and all(
+        isinstance(p, list) and 1 <= len(p) <= 4 and all(type(r) is int and 0 <= r < 5 for r in p) and
+        paths.count(p) == 1 and (len(p) == 1 or p[:-1] in paths) for p in paths)
+
+
+@same_each_time
+@given(paths=closed | st.lists(some_path, max_size=5) | junk, sequential=st.booleans())
+def test_paths_are_a_tree_or_an_error(paths, sequential):
+    try:
+        tree = Tree.from_paths(paths, 4, 5, sequential)
+    except UserError:
+        assert not is_tree(paths)
+        return
+    assert is_tree(paths) and tree.paths[0] == [] and sorted(tree.paths[1:]) == sorted(paths)
+    drafted = []
+    for level in tree.levels:
+        for head, slot, rank in zip(level.head.tolist(), level.slot.tolist(), level.rank.tolist(), strict=True):
+            drafted.append((level.first + head + 1, level.at[slot].tolist(), rank))
+            assert rank < level.ranks
+    for i, p in enumerate(tree.paths):
+        assert tree.depth[i] == len(p) and tree.paths[tree.parent[i]] == p[:-1] and tree.parent[i] <= i
+        assert [tree.paths[j] for j in tree.path[i, :len(p) + 1]] == [p[:n] for n in range(len(p) + 1)]
+        assert all(j >= column for column, j in enumerate(tree.path[i].tolist()))
+        for j, q in enumerate(tree.paths):
+            assert tree.ancestors[i, j] == (p[:len(q)] == q)
+            assert (tree.mask[i, 1 + j] == 0) == bool(tree.ancestors[i, j]) and \
+                tree.on_path[j, i] == (tree.ancestors[i, j] and j > 0)
+        if i:       # node i is guessed by the head of its depth, read at an ancestor, in the order of the nodes
+            depth, seen, rank = drafted[i - 1]
+            at = tree.paths[seen[-1]]
+            assert depth == len(p) and rank == p[-1] and at == p[:len(at)] and (not sequential or at == p[:-1])
+
+
+small = st.integers(1, 12)
+fields = {name: small | junk for name in LlamaConfig.__dataclass_fields__} | {
+    "dtype": st.sampled_from(list(llama.DTYPES)) | junk, "rms_norm_eps": st.floats(0, 1) | junk,
+    "rope_theta": st.floats(1, 1e7) | junk, "model_type": st.sampled_from(["llama", "mistral"]) | junk,
+    "attention_bias": st.booleans(), "mlp_bias": st.booleans(), "tie_word_embeddings": st.booleans() | junk,
+    "rope_scaling": junk | st.fixed_dictionaries(
+        {"rope_type": st.sampled_from(list(llama.ROPE_NUMBERS)) | junk},
+        optional={number: st.floats(0.5, 8) | junk for number in llama.ROPE_NUMBERS["llama3"]}),
+    "rope_parameters": junk, "hidden_act": st.just("silu") | junk, "torch_dtype": junk,
+    "eos_token_id": st.lists(small) | small | junk}
+SMALL = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "max_position_embeddings": 16}
+
+
+@same_each_time
+@given(changes=st.lists(st.sampled_from(list(fields)), max_size=3, unique=True).flatmap(
+    lambda names: st.fixed_dictionaries({name: fields[name] for name in names})))
+def test_a_config_is_a_model_or_an_error(changes):
+    try:
+        config = LlamaConfig.from_dict(SMALL | changes)
+    except UserError:
+        return
+    if all(getattr(config, name) <= 64 for name in (*SMALL, "head_dim")):
+        assert Llama(config)(torch.tensor([[0]])).shape == (1, 1, config.hidden_size)
+        assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
