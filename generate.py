@@ -31,8 +31,8 @@ from extras.chat import Chat, interactive
 from extras.explain import explaining
 from extras.report import printer, report
 from extras.tune import tune
-from llama import (DTYPES, LARGE, SEED, ArgumentParser, Llama, Tokenizer, UserError, command_line, device, locate,
-                   model_name, number, read_json, threads, write_atomic)
+from extras.cli import SEED, ArgumentParser, command_line, device, number, threads
+from llama import DTYPES, LARGE, Llama, Tokenizer, UserError, locate, model_name, read_json, write_atomic
 from prepare_data import SYSTEM, json_lines, mended, question, read_lines
 from tinymedusa import (LARGEST_COMPILED, MedusaHeads, Sampling, Stages, Tree, base_of, call, check_prompts,
                         choice_margin, generate, load_tree, set_threads, uniforms)

@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from llama import (SEED, ArgumentParser, Llama, Tokenizer, UserError, command_line, device, load_config, locate,
-                   model_name, number, read_json, write_atomic, write_json)
+from extras.cli import SEED, ArgumentParser, command_line, device, number
+from llama import Llama, Tokenizer, UserError, load_config, locate, model_name, read_json, write_atomic, write_json
 from tinymedusa import MedusaHeads, Sampling, check_prompts, generate, load_tree, set_threads
 
 TINYSTORIES = {"train": "TinyStoriesV2-GPT4-train.txt", "validation": "TinyStoriesV2-GPT4-valid.txt"}

@@ -39,8 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from llama import (DTYPES, SEED, ArgumentParser, Llama, Tokenizer, UserError, at_least_float32, command_line, device,
-                   locate, model_name, number, read_json, write_atomic, write_json)
+from extras.cli import SEED, ArgumentParser, command_line, device, number
+from llama import (DTYPES, Llama, Tokenizer, UserError, at_least_float32, locate, model_name, read_json, write_atomic,
+                   write_json)
 from prepare_data import HELD_OUT, read_tokens, shard
 from tinymedusa import KINDS, MedusaHeads, grow_tree, load_tree, path_hits, set_threads, walk
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from llama import Llama, Tokenizer, command_line, threads  # noqa: E402
+from extras.cli import command_line, threads  # noqa: E402
+from llama import Llama, Tokenizer  # noqa: E402
 from tinymedusa import MedusaHeads, Sampling, generate, load_tree, set_threads  # noqa: E402
 
 RULES = {"match": {}, "match, top-p 0.8": {"top_p": 0.8}, "typical": {"epsilon": 0.09, "delta": 0.3}}

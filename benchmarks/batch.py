@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from extras.cli import command_line  # noqa: E402
 from extras.tune import own_texts  # noqa: E402
 from generate import arguments  # noqa: E402
-from llama import Llama, Tokenizer, command_line, read_json, write_atomic, write_json  # noqa: E402
+from llama import Llama, Tokenizer, read_json, write_atomic, write_json  # noqa: E402
 from prepare_data import openings_of  # noqa: E402
 from tinymedusa import MedusaHeads, generate, grow_tree, path_hits, set_threads  # noqa: E402
 from train_heads import evaluate  # noqa: E402

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from llama import Llama, Tokenizer, command_line, threads  # noqa: E402
+from extras.cli import command_line, threads  # noqa: E402
+from llama import Llama, Tokenizer  # noqa: E402
 from prepare_data import texts, tokenised  # noqa: E402
 from tinymedusa import (  # noqa: E402
     MedusaHeads,

@@ -20,7 +20,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from llama import Llama, Tokenizer, command_line, read_json, visible, write_json  # noqa: E402
+from extras.cli import command_line  # noqa: E402
+from llama import Llama, Tokenizer, read_json, visible, write_json  # noqa: E402
 from prepare_data import openings_of  # noqa: E402
 from tinymedusa import MedusaHeads, Tree, generate, published_tree, read_tree  # noqa: E402
 

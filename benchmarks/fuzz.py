@@ -35,7 +35,8 @@ from conftest import byte_tokenizer, tiny_heads, tiny_llama  # noqa: E402
 
 import formats.sentencepiece  # noqa: E402, F401 (here rather than in each process)
 import generate  # noqa: E402
-from llama import command_line, write_json  # noqa: E402
+from extras.cli import command_line  # noqa: E402
+from llama import write_json  # noqa: E402
 
 NEAR_TIE = 1e-4                 # gap of two float32 logits below which Medusa may choose the other one
 SPACE = 4 * 2 ** 30             # bytes of addresses that a run may ask for beyond those it begins with

@@ -17,8 +17,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from extras.cli import command_line, threads  # noqa: E402
 from extras.tune import own_texts  # noqa: E402
-from llama import Llama, Tokenizer, command_line, threads  # noqa: E402
+from llama import Llama, Tokenizer  # noqa: E402
 from prepare_data import openings_of  # noqa: E402
 from tinymedusa import MedusaHeads, Sampling, Stages, generate, grow_tree, path_hits, set_threads, walk  # noqa: E402
 from train_heads import evaluate  # noqa: E402

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from llama import Llama, Tokenizer, command_line  # noqa: E402
+from extras.cli import command_line  # noqa: E402
+from llama import Llama, Tokenizer  # noqa: E402
 from prepare_data import continued, openings_of, read_tokens  # noqa: E402
 from tinymedusa import generate  # noqa: E402
 

@@ -22,7 +22,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from llama import Llama, LlamaConfig, UserError, command_line, model_name, write_json  # noqa: E402
+from extras.cli import command_line  # noqa: E402
+from llama import Llama, LlamaConfig, UserError, model_name, write_json  # noqa: E402
 from tinymedusa import MedusaHeads, load_tree  # noqa: E402
 
 SHAPES = {  # what is over and above the small model's own config; own: vocabulary matrices of the heads' own

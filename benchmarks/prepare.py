@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare_data  # noqa: E402
-from llama import Llama, Tokenizer, command_line, load_config  # noqa: E402
+from extras.cli import command_line  # noqa: E402
+from llama import Llama, Tokenizer, load_config  # noqa: E402
 from prepare_data import batches, continued, openings_of, texts  # noqa: E402
 from tinymedusa import MedusaHeads, generate, load_tree, set_threads  # noqa: E402
 

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from embedded import held_out_loss  # noqa: E402
 
-from llama import DTYPES, Llama, Tokenizer, command_line  # noqa: E402
+from extras.cli import command_line  # noqa: E402
+from llama import DTYPES, Llama, Tokenizer  # noqa: E402
 from prepare_data import texts  # noqa: E402
 from tinymedusa import MedusaHeads, generate, load_tree  # noqa: E402
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from llama import Llama, Tokenizer, command_line, write_atomic  # noqa: E402
+from extras.cli import command_line  # noqa: E402
+from llama import Llama, Tokenizer, write_atomic  # noqa: E402
 from prepare_data import openings_of  # noqa: E402
 from tinymedusa import MedusaHeads, Sampling, Stages, generate, load_tree  # noqa: E402
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llama import Llama, LlamaConfig, command_line, write_json  # noqa: E402
+from extras.cli import command_line  # noqa: E402
+from llama import Llama, LlamaConfig, write_json  # noqa: E402
 from tinymedusa import MedusaHeads  # noqa: E402
 
 torch.set_num_threads(1)

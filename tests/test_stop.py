@@ -23,7 +23,7 @@ SERVER = """
 import fcntl, json, os, resource, signal, sys, time
 import generate, prepare_data, train_heads, torch
 torch.set_num_threads(1)
-from llama import command_line
+from extras.cli import command_line
 for line in sys.stdin:
     script, argv, err, delay, number, largest = json.loads(line)
     read, write = os.pipe()                     # a file would be subject to the limit

@@ -1,0 +1,77 @@
+"""What the scripts' command lines share: options that are checked, errors of one line, an end at any moment."""
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from llama import UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are one line, as all others are."""
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def number(kind, least, most=float("inf")):
+    """An argparse type: an int or float from `least` to `most`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most or value == float("inf"):
+            limit = f"from {least} to {most}" if most < float("inf") else f"of at least {least}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' if kind is int else ''} number {limit}")
+        return value
+    return parse
+
+
+SEED = number(int, 0, 2 ** 62)
+
+
+def threads(text: str):
+    """An argparse type: a number of threads, or "auto"."""
+    return text if text == "auto" else number(int, 1, 1024)(text)
+
+
+def device(text: str) -> str:
+    """An argparse type: a torch device that exists here."""
+    try:
+        torch.empty(1, device=text).cpu()
+        return text
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} can't be used here: {reason}") from error
+
+
+def command_line(main) -> None:
+    """Runs a script: an input error is one line on stderr and status 2, Ctrl-C status 130, SIGTERM 143, a closed pipe
+    the end. What was being written is taken away (`write_atomic`)."""
+    def terminate(number, frame):
+        signal.signal(number, signal.SIG_IGN)           # asked once is enough
+        sys.exit(128 + number)
+    wanted = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    before = {n: signal.signal(n, wanted[n]) for n in wanted if signal.getsignal(n) != signal.SIG_IGN}
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # a terminal without é is no reason to stop
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # else Python complains once more at its exit
+    except (UserError, OSError) as error:
+        line = " ".join(str(error).split())
+        line = line if len(line) < 900 else f"{line[:600]} [...] {line[-200:]}"        # a file may hold a novel
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
