@@ -853,7 +853,7 @@ class Tokenizer:
         """The library raises bare Exceptions, and a panic of its Rust is not even one."""
         try:
             yield
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:
             raise UserError(f"{what}: {error}") from error

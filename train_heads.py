@@ -426,7 +426,7 @@ def arguments(argv=None):
     add("--draft-vocab", type=number(int, 1), help="only the so many most frequent tokens can be drafted")
     add("--target", choices=("tokens", "distill"), default="tokens", help="learn the data's tokens, or the base's "
         "own distribution at their place")
-    add("--medusa-2", action="store_true", help=f"after the first {HEADS_FIRST:.0%} of the steps train the base too, "
+    add("--medusa-2", action="store_true", help=f"after the first {HEADS_FIRST:.0%}% of the steps train the base too, "
         "held to its old self by a KL term; writes a whole model, its heads in medusa/")
     add("--epochs", type=number(int, 1), default=2)
     add("--lr", type=number(float, 0, 10), default=1e-3, help="of the heads")

@@ -55,11 +55,14 @@ def command_line(main) -> None:
     def terminate(number, frame):
         signal.signal(number, signal.SIG_IGN)           # asked once is enough
         sys.exit(128 + number)
-    wanted = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
-    before = {n: signal.signal(n, wanted[n]) for n in wanted if signal.getsignal(n) != signal.SIG_IGN}
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")        # a terminal without é is no reason to stop
+    before = {}
     try:
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, terminate)):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.getsignal(number)
+                signal.signal(number, handler)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")    # a terminal without é is no reason to stop
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:

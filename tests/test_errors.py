@@ -244,6 +244,12 @@ def test_generate(case, tiny_folder, cli):
     assert all(s in err for s in says), err
 
 
+@pytest.mark.parametrize("script", ["generate", "prepare_data", "train_heads"])
+def test_help(script, cli):
+    status, out, err = cli(script, "--help")
+    assert status == 0 and out.startswith(f"usage: {script}.py") and not err and "%" not in out.replace("50%", "")
+
+
 def test_the_healthy_folder_is_fine(tiny_folder, cli):
     assert cli("generate", "--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 3)[0] == 0
 
