@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -690,9 +691,11 @@ def open_file(file: Path, what: str) -> dict:
         if file.suffix == ".safetensors":
             handle = safe_open(file, "pt")
             return {name: handle.get_slice(name) for name in handle.keys()}
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"):      # about what a damaged pickle calls
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:      # of a damaged pickle it may be any
-        raise UserError(f"{what}: can't read {file}: {str(error).partition(chr(10))[0]}") from error
+        said = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(f"{what}: can't read {file}: {said}") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{what}: {file} is not a dictionary of tensors")
     return tensors

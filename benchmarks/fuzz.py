@@ -9,6 +9,7 @@ nothing that counts, the text is the healthy folder's. Everything else is a fail
 within --timeout, or more than twice the healthy run's peak memory. Linux only; the exit status is 1 after a failure.
 """
 import argparse
+import io
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,6 +176,15 @@ def mutate_numbers(data: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
+def mutate_pickle(data: bytes, rng: random.Random) -> bytes:
+    """The pickle inside a zip, whose checksums fit again."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, mutate_bytes(old.read(name), rng) if name.endswith("data.pkl") else old.read(name))
+    return out.getvalue()
+
+
 def parts(file: str, data: bytes) -> tuple:
     """What a file says, to compare: JSON parsed, safetensors as header and tensors, others as they are."""
     def once(pairs):
@@ -210,6 +221,8 @@ def job(seed: int, healthy: Path) -> Job:
     data = old = (healthy / folder / file).read_bytes()
     if file.endswith(".json") and rng.random() < 0.8:
         data = mutate_json(data.decode(), rng).encode()
+    elif file.endswith(".bin") and rng.random() < 0.6:
+        data = mutate_pickle(data, rng)
     elif file.endswith(".safetensors") and rng.random() < 0.15:
         data = mutate_numbers(data, rng)
     elif file.endswith(".safetensors") and rng.random() < 0.5:

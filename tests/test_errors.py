@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 import llama
 import prepare_data
 from llama import Llama, UserError, read_json, write_json
-from tinymedusa import base_of
+from tinymedusa import MedusaHeads, base_of
 
 
 def config(**change):
@@ -91,6 +93,18 @@ def as_pickle(write):
     return damage
 
 
+def pickled(content):
+    """A zip as torch writes it, in which the pickle is what is given."""
+    def write(path):
+        torch.save({}, path)
+        with zipfile.ZipFile(path) as file:
+            parts = {name: file.read(name) for name in file.namelist()}
+        with zipfile.ZipFile(path, "w") as file:
+            for name, old in parts.items():
+                file.writestr(name, content if name.endswith("data.pkl") else old)
+    return write
+
+
 def tokenizer(change):
     def damage(folder):
         data = read_json(folder / "tokenizer.json")
@@ -159,7 +173,10 @@ CASES = {
                  ["model.norm.weight holds I32, expected floats"]),
     "8-bit floats": (tensors(lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)})), [],
                      ["model.norm.weight holds F8_E4M3, expected floats"]),
-    "damaged pickle": (as_pickle(lambda path: path.write_bytes(b"\x80\x02h\x05.")), [], ["can't read", "model.bin"]),
+    "damaged pickle": (as_pickle(pickled(b"\x80\x02h\x05.")), [], ["can't read", "pytorch_model.bin: KeyError"]),
+    "pickled list": (as_pickle(lambda path: torch.save([1], path)), [], ["is not a dictionary of tensors"]),
+    "heads of any width": (lambda f: edit(f / "medusa/config.json", medusa_width=10 ** 30), [],
+                           ["medusa_width 1000000000000000000000000000000, expected"]),
     "sparse pickle": (as_pickle(lambda path: torch.save(load_file(path.parent / "model.safetensors") | {
         "model.embed_tokens.weight": torch.zeros(300, 32).to_sparse()}, path)), [],
         ["can't read model.embed_tokens.weight of"]),
@@ -287,6 +304,25 @@ def test_large_sums_are_no_large_numbers(tmp_path, capfd):
     model.save(tmp_path)
     Llama.from_pretrained(tmp_path)
     assert capfd.readouterr().err == ""
+
+
+def test_heads_take_no_memory_before_they_are_checked(tiny_folder, monkeypatch):
+    monkeypatch.setattr(MedusaHeads, "to_empty", lambda *a, **o: pytest.fail("memory was taken"))
+    edit(tiny_folder / "medusa" / "config.json", medusa_recent=2 ** 19)
+    with pytest.raises(UserError, match="expected .32, 16777216."):
+        MedusaHeads.from_pretrained(tiny_folder / "medusa", Llama.from_pretrained(tiny_folder))
+
+
+def test_nothing_but_our_line_about_a_pickle(tmp_path, monkeypatch):
+    """Only tensors are unpickled; what torch warns of on the way is not printed."""
+    def load(file, weights_only, **options):
+        assert weights_only
+        warnings.warn("deprecated", UserWarning, stacklevel=1)
+        raise IndexError("no such memo")
+    monkeypatch.setattr(torch, "load", load)
+    with warnings.catch_warnings(record=True) as seen, pytest.raises(UserError, match="a.bin: IndexError: no such memo"):
+        llama.open_file(tmp_path / "a.bin", "model")
+    assert seen == []
 
 
 def test_a_base_that_is_no_name(tmp_path):
