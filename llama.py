@@ -444,7 +444,6 @@ class Layer(nn.Module):
                 w[matrix], w[norm] = (w[matrix].t() * w[norm]).t(), None
         return w
 
-
     def let_go(self, layout, weights=None) -> list:
         """`weights` with layout(matrix [in, out]) in place of each matrix, one after the other; the layer's own go."""
         weights = list(weights or self.weights())

@@ -36,7 +36,6 @@ def saved(figure, name: str, command: str) -> None:
     figure.text(0.01, 0.005, f"{command}; {MACHINE}", fontsize=7, color="#555555", va="bottom")
     FIGURES.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
-    figure.savefig(f"/tmp/mine_{name}.png", dpi=80)
     plt.close(figure)
     print(FIGURES / f"{name}.svg")
 
