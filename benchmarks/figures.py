@@ -33,7 +33,7 @@ COMPARE = "python benchmarks/compare.py {model,v0,110M,1B} (options: README)"
 
 
 def saved(figure, name: str, command: str) -> None:
-    figure.text(0.01, 0.005, f"{command}; {MACHINE}", fontsize=7, color="#555555", va="bottom")
+    figure.text(0.01, 0.005, f"{command};\n{MACHINE}", fontsize=7, color="#555555", va="bottom")
     FIGURES.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)
@@ -63,7 +63,7 @@ def tree_mask() -> None:
     right.set_xticks([i - 0.5 for i in range(seen.shape[1])], minor=True)
     right.set_yticks([i - 0.5 for i in range(nodes)], minor=True)
     right.grid(which="minor", color=GREY, linewidth=0.4)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     saved(figure, "tree-mask", "python benchmarks/figures.py --only tree-mask")
 
 
@@ -86,7 +86,7 @@ def step_cost() -> None:
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, ncols=2)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     saved(figure, "step-cost", "python benchmarks/compare.py {model,v0,110M,1B} --curve; generate.py --tune")
 
 
@@ -106,7 +106,7 @@ def peers() -> None:
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("one prompt at a time, greedy, medians with quartiles: ours blue, peers orange, with loss hatched")
-    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     saved(figure, "peers", COMPARE)
 
 
@@ -128,7 +128,7 @@ def depth() -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     saved(figure, "depth", data["command"])
 
 
@@ -176,13 +176,15 @@ def batch() -> None:
             for r in best:
                 axis.annotate(f"{r['nodes']}", (r["batch"], r["tokens_per_second"]), textcoords="offset points",
                               xytext=(0, 6), fontsize=8, ha="center", color=BLUE)
-        axis.set(xscale="log", yscale="log", xticks=sizes, xticklabels=sizes, xlabel="prompts at once",
-                 ylabel="tokens per second", title=SHAPES[name])
+        ticks = [t for t in (50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+                 if 0.8 * axis.get_ylim()[0] < t < 1.3 * axis.get_ylim()[1] and axis.get_ylim()[1] / t < 30]
+        axis.set(xscale="log", yscale="log", xticks=sizes, xticklabels=sizes, yticks=ticks, yticklabels=ticks,
+                 xlabel="prompts at once", ylabel="tokens per second", title=SHAPES[name])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    saved(figure, "batch", "\n".join(commands))
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    saved(figure, "batch", ";\n".join(commands))
 
 
 def main():

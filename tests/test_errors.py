@@ -320,7 +320,7 @@ def test_nothing_but_our_line_about_a_pickle(tmp_path, monkeypatch):
         warnings.warn("deprecated", UserWarning, stacklevel=1)
         raise IndexError("no such memo")
     monkeypatch.setattr(torch, "load", load)
-    with warnings.catch_warnings(record=True) as seen, pytest.raises(UserError, match="a.bin: IndexError: no such memo"):
+    with warnings.catch_warnings(record=True) as seen, pytest.raises(UserError, match="IndexError: no such memo"):
         llama.open_file(tmp_path / "a.bin", "model")
     assert seen == []
 
