@@ -52,29 +52,35 @@ def device(text: str) -> str:
 def command_line(main) -> None:
     """Runs a script: an input error is one line on stderr and status 2, Ctrl-C status 130, SIGTERM 143, a closed pipe
     the end. What was being written is taken away (`write_atomic`)."""
-    def terminate(number, frame):
-        signal.signal(number, signal.SIG_IGN)           # asked once is enough
-        sys.exit(128 + number)
-    before = {}
+    def interrupt(number, frame):
+        asked.append(number)
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)       # asked once is enough
+            sys.exit(128 + number)
+        raise KeyboardInterrupt
+    before, asked = {}, []
     try:
-        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, terminate)):
+        for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.getsignal(number)
-                signal.signal(number, handler)
+                signal.signal(number, interrupt)
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")    # a terminal without é is no reason to stop
         main()
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())     # else Python complains once more at its exit
-    except (UserError, OSError) as error:
-        line = " ".join(str(error).split())
-        line = line if len(line) < 900 else f"{line[:600]} [...] {line[-200:]}"        # a file may hold a novel
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-        sys.exit(2)
+    except BaseException as error:
+        if asked or isinstance(error, KeyboardInterrupt):       # safetensors makes an error of its own of a Ctrl-C
+            print("stopped", file=sys.stderr)
+            sys.exit(128 + (asked or [signal.SIGINT])[-1])
+        if isinstance(error, BrokenPipeError):                  # else Python complains once more at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        elif isinstance(error, (UserError, OSError)):
+            line = " ".join(str(error).split())
+            line = line if len(line) < 900 else f"{line[:600]} [...] {line[-200:]}"        # a file may hold a novel
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+            sys.exit(2)
+        else:
+            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from extras.cli import command_line
 from llama import Llama, LlamaConfig, Tokenizer, UserError
 from prepare_data import read_tokens
 from tinymedusa import MedusaHeads, load_tree
@@ -130,6 +131,25 @@ def test_a_signal_at_any_moment(name, server, work):
         whole_or_absent(folder)
         seen.add(status)
     assert {130} <= seen and (name == "train" or 143 in seen), seen              # a training ends by both alike
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_out_as_another_error(number, capsys):
+    """safetensors' slices answer a Ctrl-C inside them with a ValueError."""
+    def main():
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            raise ValueError("could not determine the shape") from None
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stop:
+            command_line(main)
+        assert stop.value.code == 128 + number and capsys.readouterr().err == "stopped\n"
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 def test_ctrl_c_while_torch_is_imported(work):
