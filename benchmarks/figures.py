@@ -176,6 +176,7 @@ def batch() -> None:
             for r in best:
                 axis.annotate(f"{r['nodes']}", (r["batch"], r["tokens_per_second"]), textcoords="offset points",
                               xytext=(0, 6), fontsize=8, ha="center", color=BLUE)
+        sizes = sorted({r["batch"] for r in data["rows"]})
         ticks = [t for t in (50, 100, 200, 500, 1000, 2000, 5000, 10_000)
                  if 0.8 * axis.get_ylim()[0] < t < 1.3 * axis.get_ylim()[1] and axis.get_ylim()[1] / t < 30]
         axis.set(xscale="log", yscale="log", xticks=sizes, xticklabels=sizes, yticks=ticks, yticklabels=ticks,

@@ -91,8 +91,8 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads, path: str, mode
         "hits": [round(hits[tuple(p)] / places, 5) for p in paths], "chosen": chosen,
         "plain_step_ms": round(1000 * plain, 4), "candidates": rows}
     before = read_json(path) if Path(path).is_file() else {}
-    write_json(path, {"paths": paths if name == "cpu" else before.get("paths", paths),
-                      "modes": before.get("modes", {}) | {name: tuned}})
+    top = {"paths": paths} if name == "cpu" else {"paths": paths} | before
+    write_json(path, top | {"modes": before.get("modes", {}) | {name: tuned}})
     if args.json:
         return print(json.dumps({"tree": path, "mode": name, **tuned}))
     print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}")
