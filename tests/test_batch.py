@@ -111,9 +111,10 @@ def test_the_tree_that_was_tuned_for_so_many_rows(tiny_folder, tmp_path, cli, mo
     tiny_heads(tiny_llama(vocab_size=300), 3, noise=0.05).save(tiny_folder / "medusa", "tiny")
     (tmp_path / "o.txt").write_text("\n".join(f"the dog{' x' * i}" for i in range(12)))
     tune = ["--model", tiny_folder, "--tune", tmp_path / "o.txt", "--max-new-tokens", 30, "--threads", 1]
+    tree = tiny_folder / "medusa" / "tree.json"
     for batch in (1, 8, 500):
         assert cli("generate", *tune, "--batch-size", batch)[0] == 0
-    tree = tiny_folder / "medusa" / "tree.json"
+        tree.write_text(json.dumps(json.loads(tree.read_text()) | {"source": "joint hits"}))
     modes = json.loads(tree.read_text())["modes"]
     assert sizes == [1, 8, 500] and list(modes) == ["cpu", "cpu batch 8", "cpu batch 500"]
     for name, batch in zip(modes, sizes, strict=True):
@@ -124,7 +125,8 @@ def test_the_tree_that_was_tuned_for_so_many_rows(tiny_folder, tmp_path, cli, mo
     for rows, paths in ((1, one), (7, one), (8, eight), (499, eight), (501, many)):
         assert read_tree(str(tree), "cpu", rows)[0] == paths
     assert read_tree(str(tree), "cuda", 8)[0] == one                             # not tuned: the file's own
-    assert json.loads(tree.read_text())["paths"] == one
+    assert cli("generate", *tune, "--batch-size", 9)[0] == 0                     # leaves alone what else is in there
+    assert json.loads(tree.read_text())["paths"] == one and json.loads(tree.read_text())["source"] == "joint hits"
     (tmp_path / "p.txt").write_text("dog\ncat\n")
     for batch, says in ((9, f"tree: {len(eight) + 1} nodes"), (500, "plain decoding is faster on cpu batch 500")):
         out = cli("generate", "--model", tiny_folder, "--prompts-file", tmp_path / "p.txt", "--batch-size", batch,
