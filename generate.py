@@ -28,10 +28,10 @@ import torch
 from tqdm import tqdm
 
 from extras.chat import Chat, interactive
+from extras.cli import SEED, ArgumentParser, command_line, device, number, threads
 from extras.explain import explaining
 from extras.report import printer, report
 from extras.tune import tune
-from extras.cli import SEED, ArgumentParser, command_line, device, number, threads
 from llama import DTYPES, LARGE, Llama, Tokenizer, UserError, locate, model_name, read_json, write_atomic
 from prepare_data import SYSTEM, json_lines, mended, question, read_lines
 from tinymedusa import (LARGEST_COMPILED, MedusaHeads, Sampling, Stages, Tree, base_of, call, check_prompts,
@@ -310,6 +310,10 @@ def main():
                         "--interactive and --tune")
     if args.batch_size > 1 and not (args.prompts_file or args.tune):
         raise UserError("--batch-size needs --prompts-file (or --tune)")
+    prompts = [] if args.interactive else args.prompt or [OPENING]
+    if args.prompts_file:
+        prompts = prompts_of(args.prompts_file)
+        args.batch_size = min(args.batch_size, len(prompts))
     if base := base_of(args.model, args.revision):
         args.model, args.heads = base, args.heads or args.model     # the name of published heads alone
     model = Llama.from_pretrained(args.model, dtype=DTYPES.get(args.dtype), device=args.device, revision=args.revision,
@@ -326,13 +330,11 @@ def main():
     chat = template_of(args) == "vicuna"
     args.system = SYSTEM if args.system is None else args.system
     ready(model, args)
-    prompts = [] if args.interactive else args.prompt or [OPENING]
-    prompts = prompts_of(args.prompts_file) if args.prompts_file else prompts
     asked = [question(0, prompt, args.system) if chat else prompt for prompt in prompts]
     encoded = [tokenizer.encode(text) for text in asked]
     check_prompts(encoded, model.config)
     if args.compile is not None:
-        compile_ahead(model, heads, tree, min(args.batch_size, len(prompts)), args)
+        compile_ahead(model, heads, tree, args.batch_size, args)
     if args.interactive:
         return interactive(Chat(model, tokenizer, chat, args, lambda ids, seed, emit, past: run(
             model, tokenizer, ids, args, seed, heads, tree, emit, past)))

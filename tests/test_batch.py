@@ -127,11 +127,14 @@ def test_the_tree_that_was_tuned_for_so_many_rows(tiny_folder, tmp_path, cli, mo
     assert read_tree(str(tree), "cuda", 8)[0] == one                             # not tuned: the file's own
     assert cli("generate", *tune, "--batch-size", 9)[0] == 0                     # leaves alone what else is in there
     assert json.loads(tree.read_text())["paths"] == one and json.loads(tree.read_text())["source"] == "joint hits"
-    (tmp_path / "p.txt").write_text("dog\ncat\n")
+    (tmp_path / "p.txt").write_text("dog\n" * 500)
     for batch, says in ((9, f"tree: {len(eight) + 1} nodes"), (500, "plain decoding is faster on cpu batch 500")):
         out = cli("generate", "--model", tiny_folder, "--prompts-file", tmp_path / "p.txt", "--batch-size", batch,
                   "--max-new-tokens", 3)[1]
         assert says in out
+    (tmp_path / "p.txt").write_text("dog\n")                                     # fewer prompts than rows
+    assert f"tree: {len(one) + 1} nodes" in cli("generate", "--model", tiny_folder, "--prompts-file",
+                                                tmp_path / "p.txt", "--batch-size", 500, "--max-new-tokens", 3)[1]
 
 
 def test_limits_of_the_rows():
