@@ -152,6 +152,13 @@ def test_a_signal_that_comes_out_as_another_error(number, capsys):
             signal.signal(n, handler)
 
 
+def test_a_signal_before_the_tokenizer_library_is_called():
+    """Between the guard and what it guards: the guard is thrown away, which is no error of the library's."""
+    guard = Tokenizer.reading("can't encode")
+    guard.__enter__()
+    guard.gen.close()
+
+
 def test_ctrl_c_while_torch_is_imported(work):
     """In a process of its own: the scripts take care before they import anything that takes long."""
     folder, does = work
