@@ -296,18 +296,19 @@ def template_of(args) -> str:
     return template
 
 
+APART = {       # options → those that make no sense beside them
+    "--interactive": "--json --compare --prompt",
+    "--prompts-file": "--prompt --interactive --compare --trace --max-steps --show-accepted",
+    "--tune": "--prompt --interactive --prompts-file --compare --profile --trace --max-steps --show-accepted",
+    "--explain": "--json --compile --interactive --prompts-file --compare --tune --profile --trace --max-steps"}
+
+
 def main():
     args = arguments()
-    if args.interactive and (args.json or args.compare or args.tune or args.prompt):
-        raise UserError("--interactive is for people: leave out --json, --compare, --tune and --prompt")
-    alone = {"--prompt": args.prompt, "--compare": args.compare, "--interactive": args.interactive, "--tune": args.tune,
-             "--trace": args.trace, "--max-steps": args.max_steps, "--show-accepted": args.show_accepted}
-    if args.prompts_file and any(alone.values()):
-        raise UserError(f"leave out {', '.join(k for k, v in alone.items() if v)}: not for --prompts-file")
-    if args.explain and (args.json or args.compile is not None or args.compare or args.prompts_file or args.interactive
-                         or args.tune):
-        raise UserError("--explain wants a generation alone: leave out --json, --compile, --compare, --prompts-file, "
-                        "--interactive and --tune")
+    given = {f"--{name.replace('_', '-')}" for name, value in vars(args).items() if value not in (None, False)}
+    for option, others in APART.items():
+        if option in given and (wrong := given.intersection(others.split())):
+            raise UserError(f"{option} does not go with {', '.join(sorted(wrong))}: leave out one or the other")
     if args.batch_size > 1 and not (args.prompts_file or args.tune):
         raise UserError("--batch-size needs --prompts-file (or --tune)")
     prompts = [] if args.interactive else args.prompt or [OPENING]
@@ -326,7 +327,7 @@ def main():
                             "--tune forecasts acceptance by match: leave out --acceptance")
         return tune(model, tokenizer, heads, tree_source, mode(args), lambda: ready(model, args), args)
     if args.explain and heads is None:
-        raise UserError("--explain shows trees, and plain decoding has none: give --heads FOLDER, or a --tree")
+        raise UserError("--explain shows trees, and this is plain decoding: give --heads FOLDER, or a larger --tree")
     chat = template_of(args) == "vicuna"
     args.system = SYSTEM if args.system is None else args.system
     ready(model, args)
@@ -344,7 +345,8 @@ def main():
         return print_many(results, len(prompts), about, heads, args)
     for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         result = one_prompt(model, tokenizer, prompt, ids, args.seed + index, heads, tree, args) | about
-        print(json.dumps(result) if args.json else "\n\n" + report(result, heads, args), flush=True)
+        shown = f"\ntree: {result['tree']}" if args.explain else "\n\n" + report(result, heads, args)
+        print(json.dumps(result) if args.json else shown, flush=True)
 
 
 if __name__ == "__main__":

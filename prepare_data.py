@@ -110,7 +110,7 @@ def read_tokens(path, tokenizer: Tokenizer) -> list[np.ndarray]:
 def read_lines(path):
     """The lines of a UTF-8 text file, streamed."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             yield from file
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error

@@ -87,10 +87,17 @@ def test_more_than_fits_a_line(tiny_folder, files, tmp_path, cli):
                        (["--prompts-file", tmp_path / "latin.txt"], "is not UTF-8 text"),
                        (["--prompts-file", tmp_path / "long.txt"], "prompt 2 has"),
                        (["--prompts-file", files[0], "--batch-size", 0], "--batch-size: '0' is not a whole number"),
-                       (["--prompts-file", files[0], "--compare"], "leave out --compare: not for --prompts-file"),
+                       (["--prompts-file", files[0], "--compare"], "--prompts-file does not go with --compare: leave"),
                        (["--batch-size", 2], "--batch-size needs --prompts-file")):
         status, out, err = cli("generate", "--model", tiny_folder, *args)
         assert status == 2 and out == "" and err.count("\n") == 1 and says in err, err
+
+
+@pytest.mark.parametrize("name, content", [("b.txt", "dog\ncat\n"), ("b.jsonl", '"dog"\n{"prompt": "cat"}\n')])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(name, content, tiny_folder, tmp_path, cli):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    found, _ = results(cli, "--model", tiny_folder, "--prompts-file", tmp_path / name, "--max-new-tokens", 2)
+    assert [r["prompt"] for r in found] == ["dog", "cat"]
 
 
 def test_a_chat_models_prompts_are_questions(tiny_folder, files, cli):

@@ -118,6 +118,8 @@ CASES = {
     "no weights": (gone("model.safetensors"), [], ["has no model.safetensors"]),
     "no tokenizer": (gone("tokenizer.json"), [], ["has no tokenizer.json"]),
     "config not json": (text("config.json", b"{"), [], ["config.json is not valid JSON"]),
+    "a hundred thousand brackets": (text("config.json", b"[" * 10 ** 5), [], ["config.json is not valid JSON"]),
+    "so many in a tree": (text("t.json", b"[" * 10 ** 5), ["--tree", "{folder}/t.json"], ["tree is not valid JSON"]),
     "config not utf-8": (text("config.json", b"\xff\xfe"), [], ["config.json is not valid JSON"]),
     "config a list": (text("config.json", b"[]"), [], ["holds a JSON list, expected an object"]),
     "not a llama": (config(model_type="qwen2"), [], ["model_type is 'qwen2', only 'llama' (or 'mistral')"]),
@@ -131,7 +133,8 @@ CASES = {
     "beyond the window": (config(model_type="mistral", sliding_window=4), ["--prompt", "x y z x y z"],
                           ["the context holds 4 (beyond it this model attends to a sliding window only"]),
     "system of a story model": (None, ["--system", "Be kind."], ["--system needs a chat model"]),
-    "interactive json": (None, ["--interactive"], ["--interactive is for people: leave out"]),
+    "tune and compare": (None, ["--tune", "x", "--compare"], ["--tune does not go with --compare: leave out one or"]),
+    "interactive json": (None, ["--interactive"], ["--interactive does not go with --prompt: leave out one"]),
     "no heads": (config(num_attention_heads=0), [], ["num_attention_heads is 0"]),
     "not divisible": (config(hidden_size=33, head_dim=None), [], ["hidden_size 33 is not divisible"]),
     "grouping": (config(num_key_value_heads=3), [], ["num_attention_heads 4 is not a multiple of", "heads 3"]),
@@ -255,7 +258,8 @@ def test_generate(case, tiny_folder, cli):
     if damage:
         damage(tiny_folder)
     args = [a.replace("{folder}", str(tiny_folder)) for a in args]
-    status, out, err = cli("generate", "--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 3, *args)
+    args = args if "--tune" in args else ["--prompt", "the dog", *args]
+    status, out, err = cli("generate", "--model", tiny_folder, "--max-new-tokens", 3, *args)
     assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("generate.py: "), err
     assert len(err) < 1000
     assert all(s in err for s in says), err

@@ -58,12 +58,12 @@ def test_what_is_told_is_what_happens(more, cli):
 
 def test_the_step_in_the_readme(cli):
     out = cli("generate", "--explain", 1)[1]
-    assert out.partition("\n\n\n")[0] in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert out.partition("\n\ntree: 8 nodes")[0] in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_explained(cli):
-    for args, says in ((["--heads", "none"], "--explain shows trees, and plain decoding has none: give --heads"),
-                       (["--json"], "--explain wants a generation alone"),
+    for args, says in ((["--heads", "none"], "--explain shows trees, and this is plain decoding: give --heads"),
+                       (["--json"], "--explain does not go with --json: leave out one or the other"),
                        (["--explain", "0"], "--explain: '0' is not a whole number")):
         status, out, err = cli("generate", "--explain", 2, *args)
         assert status == 2 and out == "" and says in err and err.count("\n") == 1

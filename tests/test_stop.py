@@ -157,6 +157,9 @@ def test_a_signal_before_the_tokenizer_library_is_called():
     guard = Tokenizer.reading("can't encode")
     guard.__enter__()
     guard.gen.close()
+    for stop in KeyboardInterrupt, SystemExit:
+        with pytest.raises(stop), Tokenizer.reading("can't encode"):
+            raise stop
 
 
 def test_ctrl_c_while_torch_is_imported(work):
