@@ -68,7 +68,8 @@ def load_heads(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None, str
     """The heads of --heads, by default those in `medusa/` in the model's folder; their tree, and where that is
     from (with --tune: no tree yet, and where to write it)."""
     folder = args.heads
-    if folder is None and (config := locate(args.model, "medusa/config.json", args.revision, required=False)):
+    lost = folder is None and Path(args.model, "medusa/model.safetensors").is_file()        # without its config
+    if folder is None and (config := locate(args.model, "medusa/config.json", args.revision, required=lost)):
         for name in ("medusa/model.safetensors", "medusa/tree.json"):      # from a hub: fetched beside the config
             locate(args.model, name, args.revision, required=False)
         folder = config.parent
@@ -224,7 +225,8 @@ def print_many(results, texts: int, about: dict, heads, args) -> None:
     with tqdm(total=texts, desc="writing texts", unit=" texts") as progress:
         for result in results:
             if "prompt" in result:
-                progress.write(json.dumps(result | about) if args.json else f"{result['prompt']}{result['text']}\n")
+                shown = json.dumps(result | about) if args.json else f"{result['prompt']}{result['text']}\n"
+                progress.write(shown + "\n", end="")           # whole lines, wherever it is stopped
                 progress.update()
     print(report(result | about, heads, args), end="", file=sys.stderr if args.json else sys.stdout, flush=True)
 
@@ -243,8 +245,8 @@ def arguments(argv=None):
     parser.add_argument("--heads", help="folder, hub id or 'none' (default: medusa/ in the model's folder)")
     parser.add_argument("--revision", help="of the model on the hub")
     parser.add_argument("--prompt", action="append", type=text_argument, metavar="TEXT", help="may be repeated")
-    parser.add_argument("--prompts-file", metavar="FILE", help="prompts, one a line; of a .jsonl a string or an object "
-                        'with "prompt" a line')
+    parser.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt a line; of a .jsonl a string or "
+                        'an object with "prompt" a line')
     parser.add_argument("--batch-size", type=number(int, 1, 4096), default=1, help="with --prompts-file: so many at "
                         "once, the next prompt taking the place of a finished one; with --tune: what to tune for")
     parser.add_argument("--max-new-tokens", type=number(int, 1), default=256)
@@ -257,8 +259,8 @@ def arguments(argv=None):
     parser.add_argument("--top-k", type=number(int, 0), default=0, help="0: no limit")
     parser.add_argument("--top-p", type=number(float, 1e-9, 1), default=1.0)
     parser.add_argument("--seed", type=SEED, default=0, help="prompt i draws from seed + i")
-    parser.add_argument("--tune", metavar="FILE", help="openings, one a line: find the tree that decodes such texts "
-                        "fastest here, write it to --tree (default: tree.json in the heads' folder) and stop")
+    parser.add_argument("--tune", type=Path, metavar="FILE", help="openings, one a line: find the tree that decodes "
+                        "such texts fastest here, write it to --tree (default: tree.json beside the heads) and stop")
     parser.add_argument("--tree", metavar="JSON|FILE", help="list of paths of ranks, or an object with 'paths' "
                         "(default: tree.json in the heads' folder, else 15 nodes of the published mc_sim_7b_63)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on the CPU, else the checkpoint's")
@@ -271,7 +273,8 @@ def arguments(argv=None):
     parser.add_argument("--profile", action="store_true", help="time each stage")
     parser.add_argument("--explain", type=number(int, 1), metavar="N", help="tell the first N steps: the tree with its "
                         "tokens, what the base chooses behind each, what is kept, what the cache holds")
-    parser.add_argument("--trace", metavar="FILE", help="write a trace of the (last) generation, for ui.perfetto.dev")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace of the (last) generation, for "
+                        "ui.perfetto.dev")
     parser.add_argument("--show-accepted", action="store_true", help="on a terminal: the colour of a token tells the "
                         "head that guessed it (none: the model itself)")
     parser.add_argument("--interactive", action="store_true", help="a conversation; !!help lists its commands")

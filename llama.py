@@ -694,7 +694,7 @@ def open_file(file: Path, what: str) -> dict:
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:      # of a damaged pickle it may be any
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UserError(f"{what}: can't read {file}: {said}") from error
+        raise UserError(f"{what}: can't read {file}, is it whole? {said}") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise UserError(f"{what}: {file} is not a dictionary of tensors")
     return tensors
@@ -790,7 +790,7 @@ def read_json(path) -> dict:
 def write_atomic(path, write) -> None:
     """Calls write(temporary path), then renames, so that no reader ever meets half a file."""
     path = Path(path)
-    temporary = path.with_name(f".tmp{os.getpid()}.{path.name}")
+    temporary = path.parent / f".tmp{os.getpid()}.{path.name}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)

@@ -412,8 +412,7 @@ def count_heads(found: dict, config: dict, what: str) -> tuple[int, int, bool]:
 
 def base_of(name_or_path, revision=None) -> str | None:
     """The model that some heads belong to, if the name is that of heads alone, as published: else None."""
-    config = locate(name_or_path, "config.json", revision, required=False)
-    config = read_json(config) if config else {}
+    config = read_json(locate(name_or_path, "config.json", revision))
     base = config.get("base_model_name_or_path")
     return base if isinstance(base, str) and "model_type" not in config else None
 
@@ -454,8 +453,11 @@ def load_tree(folder, heads: MedusaHeads, given=None, mode: str | None = None, r
     if source is None:
         paths = published_tree(heads.num_heads, vocab_size=heads.draft_size)
         return heads.tree(paths), "mc_sim_7b_63, published"
-    paths, remark = read_tree(source, mode, rows)
-    return heads.tree(paths), f"{source}: {remark}" if remark else str(source)
+    try:
+        paths, remark = read_tree(source, mode, rows)
+        return heads.tree(paths), f"{source}: {remark}" if remark else str(source)
+    except UserError as error:
+        raise error if source is given else UserError(f"{source}: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------------- choosing a token

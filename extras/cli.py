@@ -64,6 +64,7 @@ def command_line(main) -> None:
             if signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.getsignal(number)
                 signal.signal(number, interrupt)
+        sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in (sys.stdout, sys.stderr))  # where closed
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")    # a terminal without é is no reason to stop
         main()

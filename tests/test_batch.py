@@ -1,5 +1,6 @@
 """--prompts-file: every text is what its prompt gives alone, and they come in order, each as soon as it can."""
 import json
+import sys
 
 import pytest
 from conftest import tiny_heads, tiny_llama
@@ -91,6 +92,14 @@ def test_more_than_fits_a_line(tiny_folder, files, tmp_path, cli):
                        (["--batch-size", 2], "--batch-size needs --prompts-file")):
         status, out, err = cli("generate", "--model", tiny_folder, *args)
         assert status == 2 and out == "" and err.count("\n") == 1 and says in err, err
+
+
+def test_every_write_is_a_whole_line(tiny_folder, files, cli, monkeypatch):
+    """So that whoever reads along never meets half a line, even if the run is stopped."""
+    writes, write = [], sys.stdout.write
+    monkeypatch.setattr(sys.stdout, "write", lambda text: writes.append(text) or write(text))
+    results(cli, "--model", tiny_folder, "--prompts-file", files[0], "--batch-size", 2, "--max-new-tokens", 4)
+    assert len(writes) > len(PROMPTS) and all(text[-1:] in ("", "\n") for text in writes)
 
 
 @pytest.mark.parametrize("name, content", [("b.txt", "dog\ncat\n"), ("b.jsonl", '"dog"\n{"prompt": "cat"}\n')])

@@ -176,7 +176,7 @@ CASES = {
                  ["model.norm.weight holds I32, expected floats"]),
     "8-bit floats": (tensors(lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)})), [],
                      ["model.norm.weight holds F8_E4M3, expected floats"]),
-    "damaged pickle": (as_pickle(pickled(b"\x80\x02h\x05.")), [], ["can't read", "pytorch_model.bin: KeyError"]),
+    "damaged pickle": (as_pickle(pickled(b"\x80\x02h\x05.")), [], ["pytorch_model.bin, is it whole? KeyError"]),
     "pickled list": (as_pickle(lambda path: torch.save([1], path)), [], ["is not a dictionary of tensors"]),
     "heads of any width": (lambda f: edit(f / "medusa/config.json", medusa_width=10 ** 30), [],
                            ["medusa_width 1000000000000000000000000000000, expected"]),
@@ -230,7 +230,10 @@ CASES = {
     "tree too deep": (None, ["--tree", "[[0],[0,0],[0,0,0],[0,0,0,0]]"], ["path [0, 0, 0, 0] has depth 4", "3 heads"]),
     "tree orphan": (None, ["--tree", "[[0,0]]"], ["path [0, 0] has no ancestor [0]"]),
     "tree rank": (None, ["--tree", "[[300]]"], ["rank 300", "300 entries"]),
-    "tree in the heads' folder": (text("medusa/tree.json", b'{"paths": [[1, 1]]}'), [], ["no ancestor [1]"]),
+    "tree in the heads' folder": (text("medusa/tree.json", b'{"paths": [[1, 1]]}'), [],
+                                  ["medusa/tree.json: tree: path [1, 1] has no ancestor [1]"]),
+    "heads without their config": (gone("medusa/config.json"), [], ["has no medusa/config.json"]),
+    "a file without a name": (None, ["--tune", ""], ["can't read .: Is a directory"]),
     "prompt too long": (None, ["--prompt", "x y " * 40], ["the context holds 64: shorten the prompt"]),
     "tree null": (None, ["--tree", '{"paths": null}'], ["expected a list of paths"]),
     "tree empty": (None, ["--tree", ""], ["can't read the tree"]),
@@ -263,6 +266,14 @@ def test_generate(case, tiny_folder, cli):
     assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("generate.py: "), err
     assert len(err) < 1000
     assert all(s in err for s in says), err
+
+
+@pytest.mark.parametrize("path", [".", "..", "/", ""])
+def test_a_file_cannot_be_written_over_a_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="can't write"):
+        write_json(path, {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("script", ["generate", "prepare_data", "train_heads"])

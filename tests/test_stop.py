@@ -162,6 +162,13 @@ def test_a_signal_before_the_tokenizer_library_is_called():
             raise stop
 
 
+def test_closed_outputs(monkeypatch):
+    """`>&-` and `2>&-`: Python has None there."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    command_line(lambda: print(sys.stdout.write("text"), file=sys.stderr))
+
+
 def test_ctrl_c_while_torch_is_imported(work):
     """In a process of its own: the scripts take care before they import anything that takes long."""
     folder, does = work
