@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from threading import Timer
 
 import torch
 
@@ -58,8 +59,15 @@ def command_line(main) -> None:
             signal.signal(number, signal.SIG_IGN)       # asked once is enough
             sys.exit(128 + number)
         raise KeyboardInterrupt
-    before, asked = {}, []
+
+    def swallowed(error):                               # by a __del__, say, in which it came: once more
+        if not asked or not isinstance(error.exc_value, (KeyboardInterrupt, SystemExit)):
+            return sys.__unraisablehook__(error)
+        signal.signal(asked[-1], interrupt)
+        Timer(0.01, os.kill, (os.getpid(), asked[-1])).start()
+    before, asked, hook = {}, [], sys.unraisablehook
     try:
+        sys.unraisablehook = swallowed
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.getsignal(number)
@@ -83,5 +91,6 @@ def command_line(main) -> None:
         else:
             raise
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -133,19 +133,33 @@ def test_a_signal_at_any_moment(name, server, work):
     assert {130} <= seen and (name == "train" or 143 in seen), seen              # a training ends by both alike
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_comes_out_as_another_error(number, capsys):
+def as_another_error(number):
     """safetensors' slices answer a Ctrl-C inside them with a ValueError."""
-    def main():
-        try:
+    try:
+        signal.raise_signal(number)
+    except BaseException:
+        raise ValueError("could not determine the shape") from None
+
+
+def swallowed(number):
+    """Python only tells what is raised in a `__del__`, and goes on."""
+    class Bar:
+        def __del__(self):
             signal.raise_signal(number)
-        except BaseException:
-            raise ValueError("could not determine the shape") from None
-    before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}
+    Bar()
+    time.sleep(10)
+    raise ValueError("went on")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("way", [as_another_error, swallowed])
+def test_a_signal_that_foreign_code_gets(way, number, capsys):
+    begin, before = time.perf_counter(), {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as stop:
-            command_line(main)
+            command_line(lambda: way(number))
         assert stop.value.code == 128 + number and capsys.readouterr().err == "stopped\n"
+        assert time.perf_counter() - begin < 5
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         for n, handler in before.items():
