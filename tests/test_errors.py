@@ -232,6 +232,8 @@ CASES = {
     "tree rank": (None, ["--tree", "[[300]]"], ["rank 300", "300 entries"]),
     "tree in the heads' folder": (text("medusa/tree.json", b'{"paths": [[1, 1]]}'), [],
                                   ["medusa/tree.json: tree: path [1, 1] has no ancestor [1]"]),
+    "modes of a tree": (None, ["--tree", '{"paths": [[0]], "modes": 3}'], ["'modes' must be an object of objects"]),
+    "a mode of a tree": (None, ["--tree", '{"paths": [[0]], "modes": {"cpu": 3}}'], ["must be an object of objects"]),
     "heads without their config": (gone("medusa/config.json"), [], ["has no medusa/config.json"]),
     "a file without a name": (None, ["--tune", ""], ["can't read .: Is a directory"]),
     "prompt too long": (None, ["--prompt", "x y " * 40], ["the context holds 64: shorten the prompt"]),
