@@ -19,18 +19,22 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from extras.cli import command_line, threads  # noqa: E402
-from llama import Llama, Tokenizer  # noqa: E402
-from tinymedusa import MedusaHeads, Sampling, generate, load_tree, set_threads  # noqa: E402
+from extras.command_line import command_line, set_threads, threads  # noqa: E402
+from llama import Llama  # noqa: E402
+from loading.tokenizer import Tokenizer  # noqa: E402
+from loading.trees import read_tree  # noqa: E402
+from tinymedusa import Decoder, PlainDecoder, Sampling, Tree, accept  # noqa: E402
+from variants.heads import load_heads  # noqa: E402
+from variants.typical import Typical  # noqa: E402
 
-RULES = {"match": {}, "match, top-p 0.8": {"top_p": 0.8}, "typical": {"epsilon": 0.09, "delta": 0.3}}
+# name → options of the sampling, the acceptance rule
+RULES = {"match": ({}, accept), "match, top-p 0.8": ({"top_p": 0.8}, accept), "typical": ({}, Typical(0.09, 0.3))}
 
 
-def decode(model, ids, seed, sampling, heads, tree, args) -> tuple[list, int, float]:
+def decode(decoder, ids, seed, args) -> tuple[list, int, float]:
     """(new tokens, steps, seconds)"""
     begin = time.perf_counter()
-    news = [new[0] for new in generate(model, [ids], args.max_new_tokens, heads=heads, tree=tree, seeds=[seed],
-                                       sampling=sampling)]
+    news = [new for (new,) in decoder.generate([ids], args.max_new_tokens, [seed])]
     return [t for new in news for t in new], len(news) - 1, time.perf_counter() - begin
 
 
@@ -57,25 +61,26 @@ def main():
     args = parser.parse_args()
     model = Llama.from_pretrained(args.model)
     folder = Path(args.model) / "medusa"
-    heads = MedusaHeads.from_pretrained(folder, model)
-    tree, source = load_tree(folder, heads)
+    heads = load_heads(folder, model)
+    paths, source = read_tree(folder, len(heads), heads.draft_size)
+    tree = Tree.from_paths(paths)
     tokenizer = Tokenizer(args.model, model.config)
     prompts = [tokenizer.encode(o) for o in Path(args.openings).read_text(encoding="utf-8").splitlines()[:args.limit]]
-    model.pack()
     set_threads(model, args.threads)
     print(f"{len(prompts)} openings, {args.max_new_tokens} new tokens or to the end of the story, tree of "
           f"{len(tree.paths)} nodes ({source}), {torch.get_num_threads()} thread(s)\n")
     print("| temperature | rule | tokens per step | Medusa tokens/s | plain tokens/s | speed-up | "
           "log-likelihood | distinct 4-grams |\n|---|---|---|---|---|---|---|---|")
     for temperature in args.temperatures:
-        for rule, options in RULES.items():
-            if temperature == 0 and options:
+        for rule, (options, acceptance) in RULES.items():
+            if temperature == 0 and rule != "match":
                 continue                                                         # all rules are one there
             sampling, runs = Sampling(temperature, **options), []
-            decode(model, prompts[0], 0, sampling, heads, tree, args)
+            plainly, drafting = PlainDecoder(model, sampling), Decoder(model, heads, tree, sampling)
+            drafting.accept = acceptance
+            decode(drafting, prompts[0], 0, args)
             for seed, ids in enumerate(tqdm(prompts, desc=f"{temperature} {rule}", leave=False)):
-                runs.append((decode(model, ids, seed, sampling, None, None, args),
-                             decode(model, ids, seed, sampling, heads, tree, args)))
+                runs.append((decode(plainly, ids, seed, args), decode(drafting, ids, seed, args)))
             plain, medusa = zip(*runs, strict=True)
             speed = lambda rows: statistics.median(len(new) / seconds for new, _, seconds in rows)
             ratio = statistics.median((len(m[0]) / m[2]) / (len(p[0]) / p[2]) for p, m in runs)

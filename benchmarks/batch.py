@@ -1,6 +1,6 @@
 """Where does Medusa stop paying? Tokens per second at batch sizes 1 to 32, plain decoding and trees of several sizes.
 
-    python benchmarks/batch.py --threads 1 --compile                        # the embedded model, both modes
+    python benchmarks/batch.py --threads 1                                  # the embedded model
     python benchmarks/batch.py --model DIR --trees docs/results/batch-model.json --name 110M --threads 2
 
 Prompts wait for a row as with `generate.py --prompts-file`. Every contestant of a batch size decodes the same prompts,
@@ -21,27 +21,32 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from extras.cli import command_line  # noqa: E402
+from extras.command_line import command_line, set_threads  # noqa: E402
+from extras.forecast import grow_tree, joint_hits  # noqa: E402
 from extras.tune import own_texts  # noqa: E402
 from generate import arguments  # noqa: E402
-from llama import Llama, Tokenizer, read_json, write_atomic, write_json  # noqa: E402
-from prepare_data import openings_of  # noqa: E402
-from tinymedusa import MedusaHeads, generate, grow_tree, path_hits, set_threads  # noqa: E402
+from llama import Llama  # noqa: E402
+from loading.documents import openings_of  # noqa: E402
+from loading.files import read_json, write_atomic, write_json  # noqa: E402
+from loading.tokenizer import Tokenizer  # noqa: E402
+from loading.trees import check_paths  # noqa: E402
+from tinymedusa import Decoder, PlainDecoder, Tree  # noqa: E402
 from train_heads import evaluate  # noqa: E402
+from variants import batches  # noqa: E402
+from variants.heads import load_heads  # noqa: E402
 
 
 def grown(model, tokenizer, heads, sizes, tune) -> dict:
     """Number of nodes → paths: the trees of the paths that were right most often in the model's own texts."""
     documents = own_texts(model, tokenizer, arguments(["--tune", tune]))
-    hits = path_hits(evaluate(model, heads, documents, 4096)[1])
+    hits = joint_hits(evaluate(model, heads, documents, 4096)[1])
     return {nodes: grow_tree(hits, nodes - 1) for nodes in sizes}
 
 
-def decode(model, prompts, batch, heads, paths, compiled, args) -> dict:
+def decode(decoder, prompts, batch, args) -> dict:
     """One run over all prompts: texts, seconds, steps, and the tokens that a row's step emits."""
     begin, texts, steps, counts = time.perf_counter(), [[] for _ in prompts], 0, Counter()
-    for step in generate(model, prompts, args.max_new_tokens, heads=heads, tree=heads.tree(paths), batch_size=batch,
-                         compiled=compiled):
+    for step in batches.generate(decoder, prompts, args.max_new_tokens, batch_size=batch):
         steps += 1
         for i, ids in step.items():
             counts[len(ids)] += bool(texts[i])
@@ -51,16 +56,13 @@ def decode(model, prompts, batch, heads, paths, compiled, args) -> dict:
             "tokens_per_step": (tokens - len(prompts)) / counts.total()}
 
 
-def measured(model, encoded, batch, heads, trees, mode, args) -> list[dict]:
+def measured(decoders, encoded, batch, args) -> list[dict]:
     """A row of the table for plain decoding and for each tree, at one batch size."""
     prompts = (encoded * 99)[:max(args.prompts, args.waves * batch)]
-    compiled = {} if mode == "compiled" else None
-    runs = {nodes: [] for nodes in trees}
-    for round_number in tqdm(range(args.rounds + 1), desc=f"{mode}, batch {batch}"):
-        for nodes, paths in trees.items():
-            if compiled is not None and round_number == 0:                      # compiles: not timed
-                decode(model, prompts[:batch], batch, heads, paths, compiled, args)
-            run = decode(model, prompts, batch, heads, paths, compiled, args)
+    runs = {nodes: [] for nodes in decoders}
+    for round_number in tqdm(range(args.rounds + 1), desc=f"batch {batch}"):
+        for nodes, decoder in decoders.items():
+            run = decode(decoder, prompts, batch, args)
             runs[nodes] += [run] * (round_number > 0)                           # the first one warms up
     rows = []
     for nodes, some in runs.items():
@@ -68,7 +70,7 @@ def measured(model, encoded, batch, heads, trees, mode, args) -> list[dict]:
         low, _, high = statistics.quantiles(speeds) if len(speeds) > 1 else speeds * 3
         same = sum(a == b for a, b in zip(some[0]["texts"], runs[1][0]["texts"], strict=True))
         tokens = sum(map(len, some[0]["texts"]))
-        rows.append({"mode": mode, "batch": batch, "nodes": nodes, "prompts": len(prompts), "tokens": tokens,
+        rows.append({"mode": "eager", "batch": batch, "nodes": nodes, "prompts": len(prompts), "tokens": tokens,
                      "tokens_per_second": round(statistics.median(speeds), 1), "quartiles": [round(low), round(high)],
                      "tokens_per_step": round(some[0]["tokens_per_step"], 3), "identical": same,
                      "step_ms": round(1000 * tokens / statistics.median(speeds) / some[0]["steps"], 3)})
@@ -108,7 +110,6 @@ def main():
     parser.add_argument("--tune", default=str(ROOT / "model" / "tune.txt"))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 3, 4, 6, 8, 16])
-    parser.add_argument("--compile", type=int, nargs="*", metavar="NODES", help="these sizes compiled, too (2 4 8)")
     parser.add_argument("--prompts", type=int, default=16, help="at least so many,")
     parser.add_argument("--waves", type=int, default=2, help="and so many times the batch size")
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -116,13 +117,14 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     model = Llama.from_pretrained(args.model)
-    heads, tokenizer = MedusaHeads.from_pretrained(f"{args.model}/medusa", model), Tokenizer(args.model, model.config)
-    sizes = sorted({*args.nodes, *(args.compile or ())})
+    heads, tokenizer = load_heads(f"{args.model}/medusa", model), Tokenizer(args.model, model.config)
+    sizes = sorted(set(args.nodes))
     trees = {int(n): paths for n, paths in read_json(args.trees)["trees"].items()} if args.trees else \
         grown(model, tokenizer, heads, sizes, args.tune)
-    trees = {1: []} | {n: trees[n] for n in sizes}
+    trees = {1: []} | {n: check_paths(trees[n], len(heads), heads.draft_size) for n in sizes}
+    decoders = {n: Decoder(model, heads, Tree.from_paths(paths)) if paths else PlainDecoder(model)
+                for n, paths in trees.items()}
     encoded = tokenizer.encode_batch(openings_of(ROOT / "benchmarks" / "openings.txt"))
-    model.pack()
     set_threads(model, args.threads)
     out = ROOT / "docs" / "results" / f"batch-{args.name}"
     result = {"title": f"{args.name}, {args.threads} thread{'s' * (args.threads > 1)}, batches",
@@ -131,12 +133,10 @@ def main():
               "machine": f"{len(os.sched_getaffinity(0))} cores, {processor()}, Python "
                          f"{platform.python_version()}, torch {torch.__version__}",
               "trees": trees, "rows": []}
-    modes = {"eager": args.nodes} | ({} if args.compile is None else {"compiled": args.compile or [2, 4, 8]})
-    for mode, nodes in modes.items():
-        for batch in args.batch_sizes:
-            result["rows"] += measured(model, encoded, batch, heads, {n: trees[n] for n in (1, *nodes)}, mode, args)
-            write_json(out.with_suffix(".json"), result)
-            write_atomic(out.with_suffix(".md"), lambda path: path.write_text(table(result), encoding="utf-8"))
+    for batch in args.batch_sizes:
+        result["rows"] += measured(decoders, encoded, batch, args)
+        write_json(out.with_suffix(".json"), result)
+        write_atomic(out.with_suffix(".md"), lambda path: path.write_text(table(result), encoding="utf-8"))
     print(table(result))
 
 

@@ -32,9 +32,6 @@ ROWS = {
     "ours, plain": ("ours", {}),
     "ours, Medusa": ("ours", {"medusa": "own"}),
     "ours, Medusa, published 64 nodes": ("ours", {"medusa": "published"}),
-    "ours, plain, compiled": ("compiled", {}),
-    "ours, Medusa, compiled": ("compiled", {"medusa": "own"}),
-    "ours, Medusa, published 64 nodes, compiled": ("compiled", {"medusa": "published"}),
     "transformers, dynamic cache": ("transformers", {}),
     "transformers, prompt lookup": ("transformers", {"prompt_lookup_num_tokens": 10}),
     "transformers, static cache, compiled": ("transformers_static", {}),
@@ -52,37 +49,33 @@ PREFILL = ("ours, plain", "transformers, dynamic cache", "llama.cpp", "llama.cpp
 #                                                              run(prompt ids, options) → (new ids, decoding steps)
 
 
-def ours(folder, args, compiled=None):
+def ours(folder, args):
     import torch
 
-    import tinymedusa
-    from llama import DTYPES, Llama
+    from llama import Llama
+    from loading.trees import published_tree, read_tree
+    from tinymedusa import Decoder, PlainDecoder, Tree, call
+    from variants.heads import load_heads
 
     torch.set_num_threads(args.threads)
-    model = Llama.from_pretrained(folder, dtype=DTYPES[args.dtype])
-    heads = tinymedusa.MedusaHeads.from_pretrained(folder / "medusa", model)
-    own = {"paths": json.loads(args.tree)} if args.tree else json.loads((folder / "medusa" / "tree.json").read_text())
-    trees = {
-        "own": heads.tree(own["paths"]),
-        "published": heads.tree(tinymedusa.published_tree(heads.num_heads, PUBLISHED, heads.draft_size)),
+    model = Llama.from_pretrained(folder, dtype=getattr(torch, args.dtype))
+    heads = load_heads(folder / "medusa", model)
+    own, _ = read_tree(folder / "medusa", len(heads), heads.draft_size, args.tree)
+    published = published_tree(len(heads), PUBLISHED, heads.draft_size)
+    decoders = {
+        None: PlainDecoder(model),
+        "own": Decoder(model, heads, Tree.from_paths(own)),
+        "published": Decoder(model, heads, Tree.from_paths(published)),
     }
-    if compiled is None or model.size() > tinymedusa.LARGEST_COMPILED:
-        model.pack()
 
-    def steps(ids, max_new_tokens, **options):
-        return tinymedusa.generate(model, [ids], max_new_tokens, compiled=compiled, **options)
-
-    def run(ids, medusa=None, stages=tinymedusa.call):
-        options = {"heads": heads if medusa else None, "tree": trees.get(medusa), "run": stages}
-        news = [new for (new,) in steps(ids, args.max_new_tokens, **options)]
+    def run(ids, medusa=None, stages=call):
+        decoder = decoders[medusa]
+        decoder.run = stages
+        news = [new for (new,) in decoder.generate([ids], args.max_new_tokens)]
         return [t for new in news for t in new], len(news) - 1
 
-    run.model, run.heads, run.steps = model, heads, steps
+    run.model, run.heads = model, heads
     return run
-
-
-def compiled(folder, args):
-    return ours(folder, args, compiled={})
 
 
 def transformers(folder, args, **generate_options):
@@ -125,14 +118,32 @@ def transformers_static(folder, args):
     return run
 
 
+def interleaved(rows, head_dim):
+    """HF's half-split rows of q_proj or k_proj, (a0 a1 .. b0 b1 ..) a head → Meta's (a0 b0 a1 b1 ..), which llama.cpp
+    and llama2.c read: there the two dimensions that are turned together are neighbours."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def interleaved_parameters(model) -> dict:
+    """The parameters by name, as float32 arrays, q_proj and k_proj in the layout of `interleaved`."""
+    return {
+        name: (interleaved(p, model.config.head_dim) if "q_proj" in name or "k_proj" in name else p)
+        .detach()
+        .float()
+        .contiguous()
+        .numpy()
+        for name, p in model.named_parameters()
+    }
+
+
 def write_gguf(folder, path, kind):
-    """GGUF of our checkpoint without a vocabulary; our rotary layout is the one llama.cpp reads."""
+    """GGUF of our checkpoint without a vocabulary."""
     import gguf
     import torch
 
-    from llama import DTYPES, Llama
+    from llama import Llama
 
-    model = Llama.from_pretrained(folder, dtype=DTYPES["float32"])
+    model = Llama.from_pretrained(folder, dtype=torch.float32)
     c, writer = model.config, gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(c.max_position_embeddings), writer.add_embedding_length(c.hidden_size)
     writer.add_block_count(c.num_hidden_layers), writer.add_feed_forward_length(c.intermediate_size)
@@ -151,20 +162,17 @@ def write_gguf(folder, path, kind):
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
     }
-    top = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output"}
+    top = {"embed_tokens.weight": "token_embd", "norm.weight": "output_norm", "lm_head.weight": "output"}
     quant = {
         "float32": gguf.GGMLQuantizationType.F32,
         "bfloat16": gguf.GGMLQuantizationType.BF16,
         "q8_0": gguf.GGMLQuantizationType.Q8_0,
     }[kind]
-    for name, tensor in model.tensors().items():
-        number, _, part = name.removeprefix("model.layers.").partition(".")
+    for name, data in interleaved_parameters(model).items():
+        number, _, part = name.removeprefix("layers.").partition(".")
         part = part.removesuffix(".weight")
         to = top.get(name) or f"blk.{number}.{names[part]}"
-        data, as_kind = (
-            tensor.contiguous().to(torch.float32).numpy(),
-            quant if tensor.dim() == 2 else gguf.GGMLQuantizationType.F32,
-        )
+        as_kind = quant if data.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(f"{to}.weight", gguf.quants.quantize(data, as_kind), raw_dtype=as_kind)
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
 
@@ -305,7 +313,7 @@ def llama2c(folder, args):
         "mlp.down_proj",
         "mlp.up_proj",
     ]
-    tensors = model.tensors()  # our rotary layout is run.c's
+    arrays = interleaved_parameters(model)
     with open(path, "wb") as file:
         file.write(
             struct.pack(
@@ -319,14 +327,14 @@ def llama2c(folder, args):
                 c.max_position_embeddings,
             )
         )
-        write = lambda tensor: file.write(tensor.contiguous().float().numpy().tobytes())
-        write(tensors["model.embed_tokens.weight"])
+        write = lambda name: file.write(arrays[name].tobytes())
+        write("embed_tokens.weight")
         for part in order:
             for i in range(c.num_hidden_layers):
-                write(tensors[f"model.layers.{i}.{part}.weight"])
-        write(tensors["model.norm.weight"])
+                write(f"layers.{i}.{part}.weight")
+        write("norm.weight")
         file.write(bytes(4 * c.max_position_embeddings * c.head_dim))  # rotary tables it no longer reads
-        write(tensors["lm_head.weight"])
+        write("lm_head.weight")
     letter = lambda i: chr(0x4E00 + i) if i < 20000 else chr(0x20000 + i)
 
     def run(ids):
@@ -525,10 +533,10 @@ def machine(folder, args) -> dict:
     """What a step can't beat: bytes of weights over read bandwidth at that size, multiply-adds over the peak."""
     import torch
 
-    from llama import load_config
+    from llama import LlamaConfig
 
     torch.set_num_threads(args.threads)
-    c, size = load_config(folder), {"float32": 4, "bfloat16": 2}[args.dtype]
+    c, size = LlamaConfig.from_pretrained(folder), {"float32": 4, "bfloat16": 2}[args.dtype]
     heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + c.num_attention_heads * c.head_dim
     weights = c.num_hidden_layers * c.hidden_size * (heads + 3 * c.intermediate_size) + c.vocab_size * c.hidden_size
     data, matrix = torch.ones(weights * size // 4), torch.randn(1024, 1024)
@@ -563,18 +571,8 @@ def prefill(ids: list, args) -> list[dict]:
     ]
 
 
-def modes(args) -> dict:
-    """Ours, ready to decode in each mode: "eager" and, unless the model is packed for good, "compiled"."""
-    import torch
-
-    runs = {"eager": ours(args.folder, args), "compiled": compiled(args.folder, args)}
-    packed = not isinstance(runs["compiled"].model.lm_head, torch.nn.Linear)
-    return {"eager": runs["eager"]} if packed else runs
-
-
 def stages(prompts: list, args, run) -> dict:
-    """The original's profile: median ms a call of each stage for plain decoding and both trees. A compiled step is one
-    stage."""
+    """The original's profile: median ms a call of each stage for plain decoding and both trees."""
     import tinymedusa
 
     table = {}
@@ -593,19 +591,25 @@ def stages(prompts: list, args, run) -> dict:
 
 def curve(args, run) -> list[dict]:
     """ms of a whole step against nodes and context, and the tokens per step where a tree breaks even."""
-    import tinymedusa
+    from itertools import islice
+
+    from loading.trees import published_tree
+    from tinymedusa import Decoder, PlainDecoder, Tree
 
     model, heads, points = run.model, run.heads, []
     context = model.config.max_position_embeddings
     sizes = [1, 2, 4, 8, 16, 32, 64]
-    trees = {n: heads.tree(tinymedusa.published_tree(heads.num_heads, n - 1, heads.draft_size)) for n in sizes}
+    decoders = {1: PlainDecoder(model, eos=())}
+    for n in sizes[1:]:
+        paths = published_tree(len(heads), n - 1, heads.draft_size)
+        decoders[n] = Decoder(model, heads, Tree.from_paths(paths), eos=())
     for length in (128, 512, 2048 - 100):
         if length + 100 > context:
             continue
         seconds = {n: [] for n in sizes}
         for _ in range(args.repeats):
             for n in sizes:
-                steps = run.steps([1] * length, 60, heads=heads if n > 1 else None, tree=trees[n], eos=(), max_steps=8)
+                steps = islice(decoders[n].generate([[1] * length], 60), 9)  # the prefill and 8 steps
                 next(steps)
                 begin = time.perf_counter()
                 for _ in steps:
@@ -664,7 +668,7 @@ def markdown(result: dict) -> str:
         lines += [f"| {r['row']} | {r.get('tokens_per_second') or r['refused']} |" for r in result["prefill"]]
     for mode, table in result["stages"].items():
         lines += ["", f"| {mode}: stage, ms (share) | " + " | ".join(table) + " |", "|---|" + "---|" * len(table)]
-        for stage in ("init", "base_inference", "step", "medusa", "tree", "posterior", "update"):
+        for stage in ("init", "base_inference", "medusa", "tree", "posterior", "update"):
             cells = [t.get(stage) for t in table.values()]
             if any(cells):
                 shown = (f"{c['median_ms']} ({c['share']:.1%})" if c else "" for c in cells)
@@ -745,14 +749,15 @@ def main():
     if args.worker:
         return work(args)
     Path(args.scratch).mkdir(parents=True, exist_ok=True)
-    from llama import Tokenizer, load_config
+    from llama import LlamaConfig
+    from loading.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(args.folder, load_config(args.folder))
+    tokenizer = Tokenizer(args.folder, LlamaConfig.from_pretrained(args.folder))
     openings = (ROOT / "benchmarks" / "openings.txt").read_text(encoding="utf-8").splitlines()[: args.prompts]
     prompts = [tokenizer.encode(text) for text in openings]
     rows = contest(prompts, args)
     summary(rows)
-    ids, runs = ([t for prompt in 99 * prompts for t in prompt][: args.prefill], modes(args))
+    ids, run = ([t for prompt in 99 * prompts for t in prompt][: args.prefill], ours(args.folder, args))
     what = f"padded {shape}" if shape else args.folder.resolve().name + "/"
     result = {
         "title": f"{what}, {args.dtype}, {args.threads} thread{'s' * (args.threads > 1)}",
@@ -761,8 +766,8 @@ def main():
         "machine": machine(args.folder, args),
         "rows": rows,
         "prefill": prefill(ids, args) if args.prefill else [],
-        "stages": {mode: stages(prompts, args, run) for mode, run in runs.items()},
-        "curve": {mode: curve(args, run) for mode, run in runs.items()} if args.curve else {},
+        "stages": {"eager": stages(prompts, args, run)},
+        "curve": {"eager": curve(args, run)} if args.curve else {},
     }
     text = markdown(result)
     print(text)

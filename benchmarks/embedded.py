@@ -8,7 +8,6 @@ Plain decoding and Medusa alternate on each opening (one stream, one run each, b
 ratio within one run: its median over the openings is printed with its quartiles.
 """
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -20,19 +19,15 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from extras.cli import command_line, threads  # noqa: E402
-from llama import Llama, Tokenizer  # noqa: E402
-from prepare_data import texts, tokenised  # noqa: E402
-from tinymedusa import (  # noqa: E402
-    MedusaHeads,
-    Sampling,
-    choice_margin,
-    generate,
-    load_tree,
-    published_tree,
-    set_threads,
-    uniforms,
-)
+from extras.command_line import command_line, set_threads, threads  # noqa: E402
+from extras.compare import margin, noise_at  # noqa: E402
+from llama import Llama  # noqa: E402
+from loading.documents import texts  # noqa: E402
+from loading.tokenizer import Tokenizer  # noqa: E402
+from loading.trees import published_tree, read_tree  # noqa: E402
+from prepare_data import tokenised  # noqa: E402
+from tinymedusa import Decoder, PlainDecoder, Sampling, Tree  # noqa: E402
+from variants.heads import load_heads  # noqa: E402
 
 
 @torch.no_grad()
@@ -41,7 +36,7 @@ def held_out_loss(model, tokenizer, path) -> dict:
     stories = list(texts(path, "<|endoftext|>"))
     nats, tokens = 0.0, 0
     for document in tqdm(tokenised(iter(stories), tokenizer), total=len(stories), desc="held-out loss"):
-        ids = torch.from_numpy(document.astype("int64") // 4)
+        ids = torch.from_numpy(document.ids)
         log_probs = model.lm_head(model(ids[None, :-1])[0]).log_softmax(-1)
         nats -= log_probs.gather(1, ids[1:, None]).sum().item()
         tokens += len(ids) - 1
@@ -50,20 +45,19 @@ def held_out_loss(model, tokenizer, path) -> dict:
             "bits_per_byte": nats / math.log(2) / size, "bytes_per_token": size / tokens}
 
 
-def timed(model, ids, args, seed, heads, tree):
+def timed(decoder, ids, args, seed):
     """(new tokens, tokens of each step, seconds) of one prompt."""
     begin = time.perf_counter()
-    steps = [new[0] for new in generate(model, [ids], args.max_new_tokens, heads=heads, tree=tree, seeds=[seed],
-                                        sampling=Sampling(args.temperature))]
+    steps = [new for (new,) in decoder.generate([ids], args.max_new_tokens, [seed])]
     return [t for new in steps for t in new], list(map(len, steps[1:])), time.perf_counter() - begin
 
 
 @torch.no_grad()
-def margin_where_they_part(model, ids, plain, medusa, seed, args) -> float:
+def margin_where_they_part(decoder, ids, plain, medusa, seed) -> float:
     """How near plain decoding's choice was to another where the outputs part: float32 rounds a tree differently."""
     at = next(i for i, (a, b) in enumerate(zip(plain, medusa, strict=False)) if a != b)
-    logits = model.lm_head(model(torch.tensor([ids + plain[:at]]))[0, -1])
-    return choice_margin(logits, uniforms([seed], at + 1)[0, -1].item(), Sampling(args.temperature))
+    logits = decoder.model.lm_head(decoder.model(torch.tensor([ids + plain[:at]]))[0, -1])
+    return margin(logits, noise_at(seed, at, logits, decoder.sampling), decoder.sampling)
 
 
 def main():
@@ -81,35 +75,39 @@ def main():
     args = parser.parse_args()
     model = Llama.from_pretrained(args.model)
     folder = Path(args.heads or Path(args.model) / "medusa")
-    heads = MedusaHeads.from_pretrained(folder, model)
-    published = json.dumps(published_tree(heads.num_heads, args.published)) if args.published else None
-    tree, tree_source = load_tree(folder, heads, published)
-    tokenizer = Tokenizer(args.model, model.config)
-    model.pack()
+    heads = load_heads(folder, model)
+    if args.published:
+        paths = published_tree(len(heads), args.published)
+        tree_source = str(paths)
+    else:
+        paths, tree_source = read_tree(folder, len(heads), heads.draft_size)
+    tree, sampling, tokenizer = Tree.from_paths(paths), Sampling(args.temperature), Tokenizer(args.model, model.config)
+    plainly, drafting = PlainDecoder(model, sampling), Decoder(model, heads, tree, sampling)
     set_threads(model, args.threads)
+    kind, size = getattr(heads, "kind", "medusa"), sum(p.numel() for p in heads.parameters())
     print(f"{torch.get_num_threads()} thread(s), temperature {args.temperature}, {args.max_new_tokens} new tokens or "
-          f"to the end of the story, {heads.kind} heads, {heads.size()} parameters, tree of "
+          f"to the end of the story, {kind} heads, {size} parameters, tree of "
           f"{len(tree.paths)} nodes (root included), {tree_source}")
     if args.valid:
         print(" ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"
                        for k, v in held_out_loss(model, tokenizer, args.valid).items()))
     prompts = [tokenizer.encode(o) for o in Path(args.openings).read_text(encoding="utf-8").splitlines()[:args.limit]]
-    timed(model, prompts[0], args, 0, heads, tree), timed(model, prompts[0], args, 0, None, None)          # warm-up
-    results = [(timed(model, ids, args, i, None, None), timed(model, ids, args, i, heads, tree))
+    timed(drafting, prompts[0], args, 0), timed(plainly, prompts[0], args, 0)          # warm-up
+    results = [(timed(plainly, ids, args, i), timed(drafting, ids, args, i))
                for i, ids in enumerate(tqdm(prompts, desc="openings"))]
     plain, medusa = zip(*results, strict=True)
     accepted = [n for _, steps, _ in medusa for n in steps]
     speed = lambda runs: statistics.median(len(tokens) / seconds for tokens, _, seconds in runs)
     ratio = statistics.quantiles([p[2] / m[2] for p, m in results if p[0] == m[0]], n=4)
     per_opening = [(len(tokens) - 1) / len(steps) for tokens, steps, _ in medusa]
-    margins = [margin_where_they_part(model, ids, p[0], m[0], i, args)
+    margins = [margin_where_they_part(plainly, ids, p[0], m[0], i)
                for i, (ids, (p, m)) in enumerate(zip(prompts, results, strict=True)) if p[0] != m[0]]
     print(f"identical outputs: {sum(p[0] == m[0] for p, m in results)} of {len(results)}" + "".join(
         f", one parts where the choice's margin is {margin:.1e}" for margin in margins))
     print(f"tokens per step: {sum(accepted) / len(accepted):.3f} over {len(accepted)} steps, "
           f"mean over the openings {statistics.mean(per_opening):.3f}")
     print("steps that emitted 1, 2, ... tokens: " + " ".join(
-        f"{accepted.count(n) / len(accepted):.1%}" for n in range(1, tree.path.shape[1] + 1)))
+        f"{accepted.count(n) / len(accepted):.1%}" for n in range(1, tree.retrieve.shape[1] + 1)))
     print(f"distinct tokens in the stories: {len({t for tokens, _, _ in plain for t in tokens})}, "
           f"new tokens: {sum(len(tokens) for tokens, _, _ in plain)}")
     print(f"plain {speed(plain):.0f} tokens/s, Medusa {speed(medusa):.0f} tokens/s (medians), "

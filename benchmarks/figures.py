@@ -20,10 +20,15 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from extras.cli import command_line  # noqa: E402
-from llama import Llama, Tokenizer, read_json, visible, write_json  # noqa: E402
-from prepare_data import openings_of  # noqa: E402
-from tinymedusa import MedusaHeads, Tree, generate, published_tree, read_tree  # noqa: E402
+from extras.command_line import command_line  # noqa: E402
+from llama import Llama, attention_mask  # noqa: E402
+from loading.documents import openings_of  # noqa: E402
+from loading.files import read_json, write_json  # noqa: E402
+from loading.tokenizer import Tokenizer  # noqa: E402
+from loading.trees import draw, parse_tree, published_tree  # noqa: E402
+from tinymedusa import Decoder, PlainDecoder, Tree  # noqa: E402
+from variants import batches  # noqa: E402
+from variants.heads import load_heads  # noqa: E402
 
 RESULTS, FIGURES, TREE = ROOT / "docs" / "results", ROOT / "docs" / "figures", ROOT / "model" / "medusa" / "tree.json"
 MACHINE = "2 cores of an AMD EPYC (Zen 4), Python 3.11.7, torch 2.13.0 CPU"       # of all results saved so far
@@ -42,11 +47,11 @@ def saved(figure, name: str, command: str) -> None:
 
 def tree_mask() -> None:
     """The embedded heads' tree, and beside it what each of its nodes may see, as the model gets it."""
-    tree, prefix = Tree.from_paths(read_tree(str(TREE), "cpu")[0], 4, 4096), 5
+    tree, prefix = Tree.from_paths(parse_tree(TREE, "cpu")[0]), 5
     nodes, names = len(tree.paths), ["root", *(" ".join(map(str, path)) for path in tree.paths[1:])]
-    seen = visible(torch.tensor([prefix]), tree.mask, torch.arange(prefix + nodes + 1))[0] == 0     # [N, W]
+    seen = attention_mask(torch.tensor([prefix]), tree.ancestors, prefix + nodes + 1)[0]            # [N, W]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=(1, 1.5))
-    row = {node: i for i, (node, _) in enumerate(tree.draw())}
+    row = {node: i for i, (node, _) in enumerate(draw(tree.paths))}
     for node in range(nodes):
         x, y, parent = int(tree.depth[node]), -row[node], int(tree.parent[node])
         left.plot([x - 1, x - 1, x] if node else [x], [-row[parent], y, y] if node else [y], color=GREY, zorder=1)
@@ -137,13 +142,14 @@ def measure_depth() -> None:
     torch.set_num_threads(1)
     model, rows = Llama.from_pretrained(ROOT / "model"), []
     prompts = Tokenizer(ROOT / "model", model.config).encode_batch(openings_of(ROOT / "benchmarks" / "openings.txt"))
-    for folder, title, paths in (("medusa", "Hydra heads, shipped tree", read_tree(str(TREE), "cpu")[0]),
+    for folder, title, paths in (("medusa", "Hydra heads, shipped tree", parse_tree(TREE, "cpu")[0]),
                                  ("medusa", "Hydra heads, published tree", published_tree(4, 63)),
                                  ("medusa-paper", "the paper's heads, published tree", published_tree(4, 63))):
-        heads = MedusaHeads.from_pretrained(ROOT / "model" / folder, model)
+        heads = load_heads(ROOT / "model" / folder, model)
         for deepest in range(5):
-            tree, counts, begun = heads.tree([p for p in paths if len(p) <= deepest]), Counter(), set()
-            for step in generate(model, prompts, 200, heads=heads, tree=tree, batch_size=50):
+            tree, counts, begun = Tree.from_paths([p for p in paths if len(p) <= deepest]), Counter(), set()
+            decoder = Decoder(model, heads, tree) if deepest else PlainDecoder(model)
+            for step in batches.generate(decoder, prompts, 200, batch_size=50):
                 counts.update(len(ids) for i, ids in step.items() if i in begun)
                 begun |= step.keys()
             steps, at_least = counts.total(), lambda n, counts=counts: sum(c for size, c in counts.items() if size > n)
@@ -162,7 +168,7 @@ def batch() -> None:
     for axis, name in zip(axes[0], names, strict=True):
         data = read_json(RESULTS / f"batch-{name}.json")
         commands.append(data["command"])
-        for mode, style in (("eager", "-"), ("compiled", ":")):
+        for mode in dict.fromkeys(r["mode"] for r in data["rows"]):
             sizes = sorted({r["batch"] for r in data["rows"] if r["mode"] == mode})
             rows = [[r for r in data["rows"] if (r["mode"], r["batch"]) == (mode, size)] for size in sizes]
             plain = [next(r for r in some if r["nodes"] == 1) for some in rows]
@@ -172,7 +178,8 @@ def batch() -> None:
                     axis.errorbar(sizes, [r["tokens_per_second"] for r in some], yerr=[
                         [max(0, r["tokens_per_second"] - r["quartiles"][0]) for r in some],
                         [max(0, r["quartiles"][1] - r["tokens_per_second"]) for r in some]],
-                        color=colour, linestyle=style, marker="o", label=f"{label}, {mode}", elinewidth=0.8)
+                        color=colour, linestyle="-" if mode == "eager" else ":", marker="o",
+                        label=f"{label}, {mode}", elinewidth=0.8)
             for r in best:
                 axis.annotate(f"{r['nodes']}", (r["batch"], r["tokens_per_second"]), textcoords="offset points",
                               xytext=(0, 6), fontsize=8, ha="center", color=BLUE)
@@ -197,9 +204,9 @@ def main():
     plt.rcParams.update({"svg.hashsalt": "tinymedusa", "svg.fonttype": "none", "font.size": 9})
     if args.measure_depth:
         measure_depth()
-    for name, draw in drawn.items():
+    for name, one in drawn.items():
         if args.only in (None, name):
-            draw()
+            one()
 
 
 if __name__ == "__main__":

@@ -35,10 +35,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import byte_tokenizer, tiny_heads, tiny_llama  # noqa: E402
 
-import formats.sentencepiece  # noqa: E402, F401 (here rather than in each process)
 import generate  # noqa: E402
-from extras.cli import command_line  # noqa: E402
-from llama import write_json  # noqa: E402
+from extras import compare  # noqa: E402
+from extras.command_line import command_line  # noqa: E402
+from llama import Llama  # noqa: E402
+from loading.files import write_json  # noqa: E402
+from variants.heads import load_heads, save  # noqa: E402
 
 NEAR_TIE = 1e-4                 # gap of two float32 logits below which Medusa may choose the other one
 SPACE = 4 * 2 ** 30             # bytes of addresses that a run may ask for beyond those it begins with
@@ -67,7 +69,7 @@ def build(root: Path) -> None:
         write_json(folder / "generation_config.json", {"eos_token_id": 2, "max_length": 64})
         write_json(folder / "tokenizer_config.json", {"add_bos_token": True, "tokenizer_class": "LlamaTokenizer"})
         other = {"kind": "hydra", "token_map": torch.arange(3, 300, 2), "recent": 2} if name == "shards" else {}
-        tiny_heads(model, 3, **other).save(folder / "medusa", "tiny")
+        save(folder / "medusa", tiny_heads(model, 3, **other), model, "tiny")
         write_json(folder / "medusa" / "tree.json", tree)
         if name == "pieces":
             shutil.copy(ROOT / "tests" / "small.model", folder / "tokenizer.model")
@@ -83,6 +85,7 @@ def build(root: Path) -> None:
                 save_file({n: t for n, t in tensors.items() if files[n] == shard}, folder / shard)
             write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 1}, "weight_map": files})
             (folder / "model.safetensors").unlink()
+        load_heads(folder / "medusa", Llama.from_pretrained(folder))    # torch imports here what loading needs
 
 
 # ---------------------------------------------------------------------------------------------------------- mutations
@@ -259,7 +262,7 @@ def start(folder: Path) -> int:
         resource.setrlimit(resource.RLIMIT_AS, (space, space))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         sys.argv = ["generate.py", "--model", str(folder), *RUN]
-        generate.REPEATS = 1
+        compare.REPEATS = 1
         command_line(generate.main)
         status = 0
     except SystemExit as stop:

@@ -20,17 +20,19 @@ sys.path.insert(0, str(ROOT))
 from tokenizers import Tokenizer as Backend  # noqa: E402
 from tokenizers import models  # noqa: E402
 
-from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
-from prepare_data import entries, write_tokens  # noqa: E402
+from llama import Llama, LlamaConfig  # noqa: E402
+from loading.documents import document, write_tokens  # noqa: E402
+from loading.tokenizer import Tokenizer  # noqa: E402
 
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
-        config = LlamaConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=8, num_attention_heads=16)
+        config = LlamaConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=8, num_attention_heads=16,
+                             num_key_value_heads=16, head_dim=4)
         Llama(config).save(folder)
         Backend(models.WordLevel({f"w{i}": i for i in range(32000)}, "w0")).save(f"{folder}/tokenizer.json")
         random = torch.randint(3, 32000, (40, 511), generator=torch.Generator().manual_seed(0)).numpy()
-        documents = (entries([1, *ids], [0] + [1] * 511) for ids in random)
+        documents = (document(([1], False), (ids, True)) for ids in random)
         write_tokens(f"{folder}/random.bin", documents, Tokenizer(folder, config), 32000, {})
         command = [sys.executable, str(ROOT / "train_heads.py"), "--model", folder, "--data", f"{folder}/random.bin",
                    "--out", f"{folder}/heads", "--epochs", "1", "--batch-tokens", "4096", "--num-heads", "4"]

@@ -15,17 +15,20 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from extras.cli import command_line  # noqa: E402
-from llama import Llama, Tokenizer  # noqa: E402
-from prepare_data import continued, openings_of, read_tokens  # noqa: E402
-from tinymedusa import generate  # noqa: E402
+from extras.command_line import command_line  # noqa: E402
+from llama import Llama  # noqa: E402
+from loading.documents import openings_of, read_tokens  # noqa: E402
+from loading.tokenizer import Tokenizer  # noqa: E402
+from prepare_data import continued  # noqa: E402
+from tinymedusa import PlainDecoder  # noqa: E402
+from variants import batches  # noqa: E402
 
 
 def build(documents, longest):
     """Context (tuple of 1 to `longest` ids) → the id that followed most often."""
     counts = defaultdict(Counter)
     for document in tqdm(documents, desc="counting"):
-        ids = (document // 4).tolist()
+        ids = document.ids.tolist()
         for i in range(1, len(ids)):
             for n in range(1, min(longest, i) + 1):
                 counts[tuple(ids[i - n:i])][ids[i]] += 1
@@ -58,7 +61,8 @@ def main():
     tokenizer = Tokenizer(args.model, model.config)
     table = build([d for path in args.data for d in read_tokens(path, tokenizer)], args.longest)
     prompts = dict(enumerate(tokenizer.encode_batch(openings_of(args.openings))))
-    new = dict(continued(prompts, lambda p, s: generate(model, p, args.max_new_tokens), 64))
+    decoder = PlainDecoder(model)
+    new = dict(continued(prompts, lambda p, seeds: batches.generate(decoder, p, args.max_new_tokens, seeds), 64))
     emitted = sum(len(ids) - 1 for ids in new.values())
     for chain in (2, 4, 8):
         steps = sum(steps_of(prompts[i] + new[i], len(prompts[i]), table, args.longest, chain) for i in new)

@@ -3,7 +3,7 @@
     python benchmarks/pad_model.py 110M padded/110M          # model/ and its heads in the shape "110M"
 
 So the acceptance of trained heads can be timed at shapes that nobody trained here. In exact arithmetic every hidden
-state of the small model stands in the first columns of the larger one; its greedy text is the same, token for token:
+state of the small model is in the first columns of the larger one; its greedy text is the same, token for token:
 - widths: zeros. A norm over W columns of which H are used divides by sqrt(H / W) of what it should, so its weight is
   multiplied by sqrt(H / W) and its eps by H / W;
 - head_dim: the small head's frequencies theta^(-2i/d) are those of pair i D/d of the wide one; its pairs go there, and
@@ -22,9 +22,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from extras.cli import command_line  # noqa: E402
-from llama import Llama, LlamaConfig, UserError, model_name, write_json  # noqa: E402
-from tinymedusa import MedusaHeads, load_tree  # noqa: E402
+from extras.command_line import command_line  # noqa: E402
+from llama import Llama, LlamaConfig  # noqa: E402
+from loading.files import UserError, model_name, write_json  # noqa: E402
+from tinymedusa import MedusaHeads, Tree  # noqa: E402
+from variants.heads import build_heads, load_heads, save, token_map_of  # noqa: E402
 
 SHAPES = {  # what is over and above the small model's own config; own: vocabulary matrices of the heads' own
     "v0": {"vocab_size": 32000},  # TinyLLama-v0
@@ -91,81 +93,69 @@ def pad(small: Llama, config: LlamaConfig) -> Llama:
     """The larger model, float32; `small` in float32 as well."""
     c, wide = small.config, Llama(config)
     step, root = config.head_dim // c.head_dim, (c.hidden_size / config.hidden_size) ** 0.5
-    pairs = torch.arange(c.head_dim // 2)
-    within = torch.stack((2 * step * pairs, 2 * step * pairs + 1), 1).flatten()  # (a0 b0 a1 b1 ..), `interleaved`
-    rows = lambda first, heads: (
-        first * config.head_dim + config.head_dim * torch.arange(heads)[:, None] + within
-    ).flatten()
-    queries, keys = config.num_attention_heads, config.num_key_value_heads
-    qkv = torch.cat(
-        (
-            rows(0, c.num_attention_heads),
-            rows(queries, c.num_key_value_heads),
-            rows(queries + keys, c.num_key_value_heads),
-        )
-    )
-    gate_up = torch.cat(
-        (torch.arange(c.intermediate_size), config.intermediate_size + torch.arange(c.intermediate_size))
-    )
-    norm = lambda weight: placed(weight * root, (config.hidden_size,), None)
+    firsts = step * torch.arange(c.head_dim // 2)
+    within = torch.cat((firsts, config.head_dim // 2 + firsts))  # dimensions i and i + D/2 of a head are a pair
+    rows = lambda heads: (config.head_dim * torch.arange(heads)[:, None] + within).flatten()
+    queries, keys = rows(c.num_attention_heads), rows(c.num_key_value_heads)
+    places = {  # of a matrix's rows and columns, None the first ones
+        "self_attn.q_proj": (queries, None),
+        "self_attn.k_proj": (keys, None),
+        "self_attn.v_proj": (keys, None),
+        "self_attn.o_proj": (None, queries),
+        "mlp.gate_proj": (None, None),
+        "mlp.up_proj": (None, None),
+        "mlp.down_proj": (None, None),
+    }
+
+    def copy(name: str, factor: float, *at) -> None:
+        target = wide.get_parameter(name)
+        target.copy_(placed(small.get_parameter(name) * factor, target.shape, *at))
+
     for i, layer in enumerate(wide.layers):
         if i >= len(small.layers):
-            layer.o_proj.zero_(), layer.down_proj.zero_()
+            layer.self_attn.o_proj.weight.zero_(), layer.mlp.down_proj.weight.zero_()
             continue
-        s = small.layers[i]
-        turned = s.qkv_proj.clone()
-        turned[: c.num_attention_heads * c.head_dim] *= step**0.5
-        layer.input_layernorm.copy_(norm(s.input_layernorm))
-        layer.post_attention_layernorm.copy_(norm(s.post_attention_layernorm))
-        layer.qkv_proj.copy_(placed(turned, layer.qkv_proj.shape, qkv, None))
-        layer.o_proj.copy_(placed(s.o_proj, layer.o_proj.shape, None, rows(0, c.num_attention_heads)))
-        layer.gate_up_proj.copy_(placed(s.gate_up_proj, layer.gate_up_proj.shape, gate_up, None))
-        layer.down_proj.copy_(placed(s.down_proj, layer.down_proj.shape, None, None))
-    wide.norm.copy_(norm(small.norm))
-    wide.embed_tokens.weight.copy_(placed(small.embed_tokens.weight, wide.embed_tokens.weight.shape, None, None))
-    wide.lm_head.weight.copy_(
-        placed(
-            small.lm_head.weight.mean(0, keepdim=True)
-            .expand(config.vocab_size, -1)
-            .clone()
-            .index_copy_(0, torch.arange(c.vocab_size), small.lm_head.weight),
-            wide.lm_head.weight.shape,
-            None,
-            None,
-        )
-    )
+        for part, at in places.items():
+            copy(f"layers.{i}.{part}.weight", step**0.5 if "q_proj" in part else 1, *at)
+        for part in ("input_layernorm", "post_attention_layernorm"):
+            copy(f"layers.{i}.{part}.weight", root, None)
+    copy("norm.weight", root, None)
+    copy("embed_tokens.weight", 1, None, None)
+    matrix = small.lm_head.weight
+    surplus = matrix.mean(0, keepdim=True).expand(config.vocab_size - c.vocab_size, -1)  # never the largest logits
+    wide.lm_head.weight.copy_(placed(torch.cat((matrix, surplus)), wide.lm_head.weight.shape, None, None))
     return wide
 
 
 @torch.no_grad()
 def pad_heads(heads: MedusaHeads, small: Llama, wide: Llama, own: bool) -> MedusaHeads:
     """The heads of `small` for `wide`: the same guesses. own: each with a vocabulary matrix of its own."""
-    inside = small.config.hidden_size
-    token_map = torch.arange(small.config.vocab_size) if heads.token_map is None else heads.token_map
-    result = MedusaHeads.untrained(
+    inside, token_map = small.config.hidden_size, token_map_of(heads)
+    tied, blocks = getattr(heads, "tie_lm_head", False), getattr(heads, "num_layers", len(heads[0]) - 1)
+    result = build_heads(
         wide,
-        heads.num_heads,
-        num_layers=heads.num_layers,
-        tie_lm_head=not own and heads.tie_lm_head,
-        width=heads.width,
-        kind=heads.kind,
+        len(heads),
+        num_layers=blocks,
+        kind=getattr(heads, "kind", "medusa"),
+        width=getattr(heads, "width", None),
         recent=heads.recent,
-        token_map=token_map,
+        tie_lm_head=tied and not own,
+        token_map=torch.arange(small.config.vocab_size) if token_map is None else token_map,
     )
-    hidden = torch.arange(inside)
-    for j, (block, old) in enumerate(zip(result.blocks, heads.blocks, strict=True)):
-        parts = old.up_weight.shape[-1] if heads.width else old.linear_weight.shape[-1]
-        columns = (torch.arange(parts // inside)[:, None] * wide.config.hidden_size + hidden).flatten()
-        scale = torch.ones(parts)
-        if j == 0:  # behind the hidden states stand embeddings, scaled to RMS 1 over the columns there are
-            scale[heads.recent * inside :] = (inside / wide.config.hidden_size) ** 0.5
-        for name, p in old.named_parameters():
-            target = getattr(block, name)
-            at = (None,) * p.dim() if name.endswith("bias") or name == "down_weight" else (None, None, columns)
-            target.copy_(placed(p if p.dim() < 3 or name == "down_weight" else p * scale, target.shape, *at))
-    if result.vocabulary is not None:
-        matrix = heads.lm_head.expand(heads.num_heads, -1, -1) if heads.vocabulary is None else heads.vocabulary
-        result.vocabulary.copy_(placed(matrix, result.vocabulary.shape, None, None, None))
+    old = dict(heads.named_parameters())
+    for name, target in result.named_parameters():
+        _, block, part = name.split(".", 2)
+        if int(block) == blocks:
+            target.copy_(placed(heads.lm_head_rows() if tied else old[name], target.shape, None, None))
+        elif part in ("linear.weight", "up.weight"):  # what it sees: hidden states and embeddings, one behind the other
+            parts = old[name].shape[1] // inside
+            columns = (torch.arange(parts)[:, None] * wide.config.hidden_size + torch.arange(inside)).flatten()
+            scale = torch.ones(parts * inside)
+            if block == "0":  # the embeddings are scaled to RMS 1 over the columns there are
+                scale[heads.recent * inside :] = (inside / wide.config.hidden_size) ** 0.5
+            target.copy_(placed(old[name] * scale, target.shape, None, columns))
+        else:
+            target.copy_(placed(old[name], target.shape, *(None,) * target.dim()))
     return result
 
 
@@ -174,16 +164,17 @@ def write(folder: Path, shape: str, model=ROOT / "model", heads=None, dtype=None
     fields = dict(SHAPES[shape])
     own, dtype = fields.pop("own", False), dtype or fields.pop("dtype", "float32")
     small = Llama.from_pretrained(model)
-    small_heads = MedusaHeads.from_pretrained(heads or Path(model) / "medusa", small)
+    heads = heads or Path(model) / "medusa"
+    small_heads = load_heads(heads, small)
     config = padded_config(small.config, **{**fields, "dtype": dtype})
     wide = pad(small, config)
     wide_heads = pad_heads(small_heads, small, wide, own)
     stored = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     wide.save(folder, stored)
-    wide_heads.save(folder / "medusa", f"padded {shape} of {model_name(model)}", stored)
+    save(folder / "medusa", wide_heads, wide, f"padded {shape} of {model_name(model)}", stored)
     write_json(
         folder / "medusa" / "tree.json",
-        {"paths": load_tree(heads or Path(model) / "medusa", small_heads)[0].paths[1:], "source": "the small model's"},
+        {"paths": Tree.from_pretrained(heads, small_heads).paths[1:], "source": "the small model's"},
     )
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if (Path(model) / name).exists():

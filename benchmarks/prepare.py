@@ -17,10 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import prepare_data  # noqa: E402
-from extras.cli import command_line  # noqa: E402
-from llama import Llama, Tokenizer, load_config  # noqa: E402
-from prepare_data import batches, continued, openings_of, texts  # noqa: E402
-from tinymedusa import MedusaHeads, generate, load_tree, set_threads  # noqa: E402
+from extras.command_line import command_line, set_threads  # noqa: E402
+from llama import Llama, LlamaConfig  # noqa: E402
+from loading.documents import openings_of, texts  # noqa: E402
+from loading.tokenizer import Tokenizer  # noqa: E402
+from prepare_data import continued, of_like_size  # noqa: E402
+from tinymedusa import Decoder, PlainDecoder, Tree  # noqa: E402
+from variants import batches  # noqa: E402
+from variants.heads import load_heads  # noqa: E402
 
 PEAK = ("import resource, sys; sys.path.insert(0, '.'); import prepare_data; prepare_data.main(); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
@@ -28,14 +32,14 @@ PEAK = ("import resource, sys; sys.path.insert(0, '.'); import prepare_data; pre
 
 def tokenising(path, model, megabytes):
     source = Path(path).read_text(encoding="utf-8")
-    tokenizer = Tokenizer(model, load_config(model))
+    tokenizer = Tokenizer(model, LlamaConfig.from_pretrained(model))
     with tempfile.TemporaryDirectory() as folder:
         big, out = Path(folder) / "big.txt", Path(folder) / "big.bin"
         big.write_text("\n<|endoftext|>\n".join([source] * max(1, round(megabytes * 1e6 / len(source.encode())))))
         bare, whole = [], []
         for _ in range(3):
             begin, tokens = time.perf_counter(), 0
-            for batch in batches(texts(big, "<|endoftext|>"), len):
+            for batch in of_like_size(texts(big, "<|endoftext|>"), len):
                 tokens += sum(map(len, tokenizer.backend.encode_batch(batch)))
             bare.append(tokens / (time.perf_counter() - begin))
             begin = time.perf_counter()
@@ -52,16 +56,15 @@ def tokenising(path, model, megabytes):
 
 def distilling(path, model_name, heads_name, batch_sizes, limit):
     model = Llama.from_pretrained(model_name)
-    heads = MedusaHeads.from_pretrained(heads_name, model)
-    tree, _ = load_tree(heads_name, heads)
+    heads = load_heads(heads_name, model)
+    medusa = Decoder(model, heads, Tree.from_pretrained(heads_name, heads))
     encoded = dict(enumerate(Tokenizer(model_name, model.config).encode_batch(openings_of(path))))
     for rows in (1, *batch_sizes):
-        model.pack()
         set_threads(model, rows=rows)
         chosen = dict(list(encoded.items())[:min(limit, len(encoded)) if rows == 1 else None])
-        for name, options in (("plain", {}), ("medusa", {"heads": heads, "tree": tree})):
+        for name, decoder in (("plain", PlainDecoder(model)), ("medusa", medusa)):
             begin, tokens = time.perf_counter(), 0
-            for _, new in continued(chosen, lambda p, s, o=options: generate(model, p, 400, seeds=s, **o), rows):
+            for _, new in continued(chosen, lambda p, s, d=decoder: batches.generate(d, p, 400, s), rows):
                 tokens += len(new)
             print(f"{rows:>4} at a time, {name:<7}{tokens / (time.perf_counter() - begin):>8.0f} tokens/s "
                   f"({tokens} tokens)", flush=True)

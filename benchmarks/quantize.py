@@ -20,27 +20,32 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from embedded import held_out_loss  # noqa: E402
 
-from extras.cli import command_line  # noqa: E402
-from llama import DTYPES, Llama, Tokenizer  # noqa: E402
-from prepare_data import texts  # noqa: E402
-from tinymedusa import MedusaHeads, generate, load_tree  # noqa: E402
+from extras.command_line import command_line  # noqa: E402
+from fast import int8  # noqa: E402
+from llama import Llama  # noqa: E402
+from loading.checkpoint import TORCH_DTYPES  # noqa: E402
+from loading.documents import texts  # noqa: E402
+from loading.tokenizer import Tokenizer  # noqa: E402
+from loading.trees import read_tree  # noqa: E402
+from tinymedusa import Decoder, PlainDecoder, Tree  # noqa: E402
+from variants.heads import load_heads  # noqa: E402
 
 LOAD = """import sys
 sys.path.insert(0, sys.argv[1])
-from llama import DTYPES, Llama
+from fast import int8
+from llama import Llama
+from loading.checkpoint import TORCH_DTYPES
 peak = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 Llama.from_pretrained(sys.argv[1] + "/model")       # what code and libraries take
 before = peak()
-model = Llama.from_pretrained(sys.argv[2], dtype=DTYPES[sys.argv[3]], int8=sys.argv[4] == "int8")
+load = int8.load if sys.argv[4] == "int8" else Llama.from_pretrained
+model = load(sys.argv[2], dtype=TORCH_DTYPES[sys.argv[3]])
 print((peak() - before) * 1024)"""
 
 
 def size_of(model) -> int:
-    """Bytes of all weights, each storage once (views of one matrix are one)."""
-    tensors = [*model.parameters(), *(t for w in model.weights or () for m in w if m is not None
-                                      for t in (m if isinstance(m, tuple) else (m,)))]
-    tensors += list(model.lm_head.matrix) if hasattr(model.lm_head, "matrix") else []
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    """Bytes of all weights, tied ones once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.state_dict().values()}
     return sum(storages.values())
 
 
@@ -64,21 +69,23 @@ def main():
         for kind in ("", "int8"):
             loaded = subprocess.run([sys.executable, "-c", LOAD, str(ROOT), args.model, dtype, kind], check=True,
                                     capture_output=True, text=True)
-            model = Llama.from_pretrained(args.model, dtype=DTYPES[dtype], int8=kind == "int8")
+            load = int8.load if kind else Llama.from_pretrained
+            model = load(args.model, dtype=TORCH_DTYPES[dtype])
             tokenizer, folder = Tokenizer(args.model, model.config), Path(args.model) / "medusa"
-            row = {"model": model, "heads": MedusaHeads.from_pretrained(folder, model), "peak": float(loaded.stdout),
-                   "size": size_of(model), "loss": held_out_loss(model, tokenizer, some), "runs": []}
-            row["tree"], _ = load_tree(folder, row["heads"], args.tree)
-            model.pack()
-            rows[f"{dtype} {kind}".strip()] = row
+            heads = load_heads(folder, model)
+            paths, _ = read_tree(folder, len(heads), heads.draft_size, args.tree)
+            rows[f"{dtype} {kind}".strip()] = {
+                "decoders": (PlainDecoder(model), Decoder(model, heads, Tree.from_paths(paths))),
+                "peak": float(loaded.stdout), "size": size_of(model), "loss": held_out_loss(model, tokenizer, some),
+                "runs": []}
     some.unlink()
     openings = (ROOT / "benchmarks" / "openings.txt").read_text(encoding="utf-8").splitlines()[:args.prompts]
     for i, ids in enumerate(tqdm([tokenizer.encode(text) for text in [openings[0], *openings]], desc="openings")):
         for row in rows.values():
             pair = []
-            for heads in (None, row["heads"]):
+            for decoder in row["decoders"]:
                 begin = time.perf_counter()
-                news = [n[0] for n in generate(row["model"], [ids], args.max_new_tokens, heads=heads, tree=row["tree"])]
+                news = [new for (new,) in decoder.generate([ids], args.max_new_tokens)]
                 pair.append((sum(map(len, news)), len(news) - 1, time.perf_counter() - begin, sum(news, [])))
             if i:                                                                # the first one warms up
                 row["runs"].append(pair)

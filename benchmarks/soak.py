@@ -17,10 +17,14 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from extras.cli import command_line  # noqa: E402
-from llama import Llama, Tokenizer, write_atomic  # noqa: E402
-from prepare_data import openings_of  # noqa: E402
-from tinymedusa import MedusaHeads, Sampling, Stages, generate, load_tree  # noqa: E402
+from extras.command_line import command_line  # noqa: E402
+from llama import Llama  # noqa: E402
+from loading.documents import openings_of  # noqa: E402
+from loading.files import write_atomic  # noqa: E402
+from loading.tokenizer import Tokenizer  # noqa: E402
+from tinymedusa import Decoder, PlainDecoder, Sampling, Stages, Tree  # noqa: E402
+from variants import batches  # noqa: E402
+from variants.heads import load_heads  # noqa: E402
 
 GROWTH = 1.02       # what memory may grow after the warm-up
 
@@ -52,18 +56,18 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = Llama.from_pretrained(args.model)
-    heads, tokenizer = MedusaHeads.from_pretrained(f"{args.model}/medusa", model), Tokenizer(args.model, model.config)
-    tree, _ = load_tree(f"{args.model}/medusa", heads)
-    model.pack()
+    heads, tokenizer = load_heads(f"{args.model}/medusa", model), Tokenizer(args.model, model.config)
+    tree = Tree.from_pretrained(f"{args.model}/medusa", heads)
     prompts = tokenizer.encode_batch(openings_of(ROOT / "benchmarks" / "openings.txt"))
     tokens = texts = at_context = 0
     wall, stages, memory = 0.0, Counter(), []
     with tqdm(total=args.tokens, unit=" tokens") as progress:
         for some, new_tokens, batch, eos, sampling, medusa, seeds in runs(prompts):
             clock, lengths = Stages("cpu"), list(map(len, some))
+            decoder = Decoder(model, heads, tree, sampling, eos, clock) if medusa else \
+                PlainDecoder(model, sampling, eos, clock)
             begin = time.perf_counter()
-            for step in generate(model, some, new_tokens, heads=heads if medusa else None, tree=tree, seeds=seeds,
-                                 eos=eos, sampling=sampling, batch_size=batch, run=clock):
+            for step in batches.generate(decoder, some, new_tokens, seeds, batch):
                 for i, ids in step.items():
                     lengths[i] += len(ids)
             wall += time.perf_counter() - begin

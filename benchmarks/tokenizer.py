@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from extras.cli import command_line  # noqa: E402
-from formats import sentencepiece as ours  # noqa: E402
-from llama import UserError  # noqa: E402
+from extras.command_line import command_line  # noqa: E402
+from loading import sentencepiece as ours  # noqa: E402
+from loading.files import UserError  # noqa: E402
 
 HARD = ["", " ", "   ", "a", " a", "a ", "  two  spaces   and more ", "tab\tand\nnew\r\nline\n\n", "▁", "a▁b ▁ c▁ ",
         "<s>", "</s>", "<unk>", "<pad>", "<0x41>", "a<s>b</s>", "</s>USER: hi ASSISTANT:", "naïve café 你好 🦊🦊",

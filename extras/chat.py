@@ -3,30 +3,41 @@ import sys
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
-
 from extras.report import histogram, original_table, printer
-from llama import Llama, Tokenizer, UserError, read_json, write_json
-from prepare_data import question
-from tinymedusa import check_prompts, whole_cache
+from llama import new_cache
+from loading.config import check_prompts
+from loading.files import UserError, read_json, write_json
+from loading.templates import VICUNA, question
+from loading.tokenizer import Tokenizer
+from tinymedusa import Decoder
 
-ROLES, VICUNA = ("USER", "ASSISTANT"), "vicuna_v1.1"
+ROLES = ("USER", "ASSISTANT")
 HELP = """!!exit or an empty line: leave            !!reset: begin anew
 !!remove: take back the last round         !!regen: answer the last message anew
 !!save FILE, !!load FILE: the conversation as JSON
 Ctrl-C stops an answer."""
 
+def keep_prefix(decoder) -> None:
+    """Let `decoder` (one prompt at a time) keep one cache for the whole context, and the ids whose keys it holds.
+    decoder.cached: these ids; whoever generates sets it to what stays known when the generation ends."""
+    config, prefill = decoder.model.config, decoder.prefill
+    slots = config.max_position_embeddings + len(decoder.tree.paths)
+    cache = new_cache(config, 1, slots, like=decoder.model.norm.weight)
+    def prefill_rest(prompts: list, cache, recent: int):
+        pairs = zip(prompts[0], decoder.cached, strict=False)
+        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        decoder.cached = prompts[0][:kept]              # all that is sure if it is interrupted from here on
+        return prefill(prompts, cache, recent, max(0, min(kept, len(prompts[0]) - recent)))
+    decoder.cached, decoder.prefill, decoder.new_cache = [], prefill_rest, lambda prompts, max_new_tokens: cache
 
 class Chat:
-    """A conversation: rounds [message, answer, the answer's ids]. What the cache holds of it is not computed again.
-
-    With the vicuna template a round is a question and its answer. Plain, a message goes on with the text so far, and
-    behind an end of text begins a new one.
-    """
-    def __init__(self, model: Llama, tokenizer: Tokenizer, chat: bool, args, write):
-        """write(ids, seed, emit, past): generate.py's `run`, all else given; chat: with the vicuna template."""
-        self.model, self.tokenizer, self.chat, self.args, self.write = model, tokenizer, chat, args, write
-        self.rounds, self.system, self.answers = [], args.system, 0
-        self.cache, self.cached = whole_cache(model, 1), []     # and the ids whose keys and values it holds
+    """A conversation: rounds [message, answer, the answer's ids], with the vicuna template a question and its answer.
+    Plain, a message goes on with the text so far, and behind an end of text begins a new one."""
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, chat: bool, args, write):
+        """write(ids, seed, emit): generate.py's `run`, all else given; chat: with the vicuna template."""
+        self.decoder, self.tokenizer, self.chat, self.args, self.write = decoder, tokenizer, chat, args, write
+        self.config, self.rounds, self.system, self.answers = decoder.model.config, [], args.system, 0
+        keep_prefix(decoder)
 
     def encode(self, rounds: list, message: str) -> list:
         """The ids of some rounds and of a message behind them, up to where its answer begins."""
@@ -44,7 +55,7 @@ class Chat:
     def prompt(self, message: str) -> list:
         """All that the model is to see, without the oldest rounds where the context can't hold them and an answer."""
         ended = [i for i, r in enumerate(self.rounds) if not self.chat and r[2] and r[2][-1] in self.tokenizer.eos]
-        rounds, context = self.rounds[ended[-1] + 1 if ended else 0:], self.model.config.max_position_embeddings
+        rounds, context = self.rounds[ended[-1] + 1 if ended else 0:], self.config.max_position_embeddings
         room, dropped = context - min(self.args.max_new_tokens, context // 2), 0
         while len(ids := self.encode(rounds[dropped:], message)) > room and dropped < len(rounds):
             dropped += 1
@@ -54,13 +65,11 @@ class Chat:
 
     def answer(self, message: str) -> dict:
         """The model's answer, streamed to the terminal; each one has a seed of its own."""
-        ids, args = self.prompt(message), self.args
-        check_prompts([ids], self.model.config)
-        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, self.cached, strict=False)))
-        self.cached, seed = ids[:kept], args.seed + self.answers        # all that is sure if Ctrl-C stops it
+        ids, seed = self.prompt(message), self.args.seed + self.answers
+        check_prompts([ids], self.config)
         self.answers += 1
-        result = self.write(ids, seed, printer(args, "ASSISTANT:" if self.chat else message), (self.cache, kept))
-        self.cached = ids + result["token_ids"][:-1]
+        result = self.write(ids, seed, printer(self.args, "ASSISTANT:" if self.chat else message))
+        self.decoder.cached = ids + result["token_ids"][:-1]
         self.rounds.append([message, result["text"].strip() if self.chat else result["text"], result["token_ids"]])
         return result
 
@@ -87,7 +96,6 @@ class Chat:
         self.rounds = [[m[1], a[1], None] for m, a in pairs if m[1] is not None and a[1] is not None]
         self.system = data["system_message"]
 
-
 def read_message(args, label: str) -> str:
     """What the user types; with --multiline up to Ctrl-D. Empty at the end of the input."""
     with suppress(EOFError, KeyboardInterrupt):
@@ -100,7 +108,6 @@ def read_message(args, label: str) -> str:
         return "\n".join(lines)
     print()
     return ""
-
 
 def command(chat: Chat, name: str, file: str) -> str | None:
     """One of the original's commands; a message to be answered once more, if any."""
@@ -129,7 +136,6 @@ def command(chat: Chat, name: str, file: str) -> str | None:
     else:
         print(HELP)
     return None
-
 
 def interactive(chat: Chat) -> None:
     """Reads messages and commands until !!exit, an empty line or the end of the input."""

@@ -1,14 +1,48 @@
-"""What generate.py prints for people: coloured text as it comes, figures, stage tables, accepted drafts."""
+"""What generate.py reports: figures, coloured text as it comes, stage tables, accepted drafts, traces."""
+import json
 import os
 import sys
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+import torch
+from tqdm import tqdm
+from loading.files import UserError, replacing
+from tinymedusa import Decoder, Stages
 
-COLOURS = (36, 32, 33, 35, 34, 31)      # of heads 1, 2, ..; what the base wrote itself has the terminal's own
+COLOURS = (36, 32, 33, 35, 34, 31)      # of heads 1, 2, ..; what the base model wrote itself has the terminal's own
 
+def figures(tokens: int, texts: int, accepted: Counter, seconds: float, stages: Stages) -> dict:
+    """What is reported of the new tokens of `texts` texts; accepted: a text's steps by the drafts they accepted."""
+    steps = accepted.total()
+    totals = {name: {"calls": len(t), "total_ms": round(1000 * sum(t), 3)} for name, t in stages.seconds.items()}
+    return {"new_tokens": tokens, "steps": steps,
+            "tokens_per_step": round((tokens - texts) / steps, 4) if steps else None,
+            "accepted": [accepted[n] for n in range(max(accepted, default=-1) + 1)],
+            "seconds": round(seconds, 6), "tokens_per_second": round(tokens / seconds, 2), "stages": totals}
+
+@contextmanager
+def traced(decoder: Decoder, path: Path | None):
+    """Write a trace of what the decoder does meanwhile, its stages named; path None: nothing."""
+    if path is None:
+        yield
+        return
+    run = decoder.run
+    def named(name, *do):
+        with torch.profiler.record_function(name):
+            return run(name, *do)
+    decoder.run = named
+    with torch.profiler.profile() as profiler:
+        yield
+    with replacing(path) as (temporary,):
+        profiler.export_chrome_trace(str(temporary))
+        if not temporary.exists():                  # after a failure torch only prints something and leaves a file
+            temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)
+            raise UserError("can't write the trace: is the disk full?")
 
 def printer(args, before: str):
     """Prints text as it comes, `before` in front of the first; nothing with --json."""
     coloured = args.show_accepted and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
     def emit(text, head):
         nonlocal before
         if not args.json:
@@ -17,6 +51,15 @@ def printer(args, before: str):
         before = ""
     return emit
 
+def print_batch(results, texts: int, about: dict, heads, args) -> None:
+    """Prints the results of many prompts as they come; the figures of all go to stderr with --json."""
+    with tqdm(total=texts, desc="writing texts", unit=" texts") as progress:
+        for result in results:
+            if "prompt" in result:
+                shown = json.dumps(result | about) if args.json else f"{result['prompt']}{result['text']}\n"
+                progress.write(shown + "\n", end="")           # whole lines, wherever it is stopped
+                progress.update()
+    print(report(result | about, heads, args), end="", file=sys.stderr if args.json else sys.stdout, flush=True)
 
 def report(result: dict, heads, args) -> str:
     """The figures of one prompt as text, the stage tables and accepted drafts with --profile."""
@@ -41,23 +84,19 @@ def report(result: dict, heads, args) -> str:
                       for stage, s in r["stages"].items()]
     return "\n".join(lines + (histogram(result) if heads and args.profile else [])) + "\n"
 
-
 def histogram(result: dict) -> list[str]:
-    """How many of the steps accepted 0, 1, .. drafts, as lines."""
     most, total = max(result["accepted"], default=0), max(1, result["steps"])
     return ["", "accepted drafts in a step"] + [
         f"{n:>4} {steps:>6}{steps / total:>8.1%}  {'#' * round(40 * steps / most)}"
         for n, steps in enumerate(result["accepted"])]
 
-
 def original_table(result: dict) -> str:
-    """The stage table of the student project, 50 columns: seconds of each stage of one answer, and their shares."""
+    """The student project's table, 50 columns: seconds of each stage of one answer, and their shares."""
     row = lambda label, value: label + f"{value:.3f}".rjust(50 - len(label))
     seconds = {name: s["total_ms"] / 1000 for name, s in result["stages"].items()}
-    total, shown = sum(seconds.values()), "medusa" in seconds
     names = {"init": "init", "medusa": "medusa", "tree": "Tree", "posterior": "Posterior", "update": "Update"}
-    lines = [row(f"Wall time {label}: ", seconds[name]) for name, label in names.items()] if shown else \
-        [row("Wall time base inference: ", total)]
-    lines += ["-" * 50] + [row(f"Wall time portion {label}: ", seconds[name] / total)
-                           for name, label in names.items() if name != "init"] if shown else []
+    total, lines = sum(seconds.values()), [row("Wall time base inference: ", sum(seconds.values()))]
+    if "medusa" in seconds:
+        lines = [row(f"Wall time {label}: ", seconds[name]) for name, label in names.items()] + ["-" * 50]
+        lines += [row(f"Wall time portion {names[name]}: ", seconds[name] / total) for name in list(names)[1:]]
     return "\n".join(["=" * 50, *lines, "-" * 50, row("Tokens/second: ", result["new_tokens"] / total), "=" * 50])

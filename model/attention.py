@@ -1,10 +1,11 @@
 """Causal attention for head_dim 4 on CPU (attention.cpp), usable under torch.compile(fullgraph=True).
 
 causal_attention(q, k, v) equals F.scaled_dot_product_attention(q, k, v, is_causal=True)
-for float32 [B, heads, T, 4]. The first import compiles the extension (about half a minute, then cached); it needs g++,
-ninja and AVX-512. `python model/attention.py` with 16 heads, B=16, T=256, one thread, 2 cores of an AMD EPYC (Zen 4):
-2.8 ms forward and 7.3 ms backward, torch's kernel 36 and 94. `python model/attention.py train_heads.py ARGUMENTS` (or
-torchrun) runs a script of the project with it.
+for float32 [B, heads, T, 4]; `install()` lets every Llama that is built from then on train with it. The first import
+compiles the extension (about half a minute, then cached); it needs g++, ninja and AVX-512. `python model/attention.py`
+with 16 heads, B=16, T=256, one thread, 2 cores of an AMD EPYC (Zen 4): 2.8 ms forward and 7.3 ms backward, torch's
+kernel 36 and 94. `python model/attention.py train_heads.py ARGUMENTS` (or torchrun) runs a script of the project with
+it.
 """
 import runpy
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import load
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import llama  # noqa: E402
 
 load(name="tiny_attention", sources=[str(Path(__file__).with_name("attention.cpp"))], is_python_module=False,
      extra_cflags=["-O3", "-march=native", "-mprefer-vector-width=512"])
@@ -42,6 +46,22 @@ def causal_attention(q, k, v):
     return _ops.forward(q, k, v)[0]
 
 
+class Attention(llama.Attention):
+    """llama.Attention, without a cache by `causal_attention`."""
+
+    def forward(self, x, cos, sin, view):
+        if view is not None:
+            return super().forward(x, cos, sin, view)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = llama.apply_rotary(q, cos, sin), llama.apply_rotary(k, cos, sin)
+        out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def install():
+    llama.Attention = Attention
+
+
 def check_and_time():
     """Against torch's own kernel: largest relative difference of output and gradients, and milliseconds."""
     import statistics
@@ -70,9 +90,8 @@ def check_and_time():
 
 def run_script(arguments):
     """Runs a script of the project, its training attention replaced by this one."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import llama
-    llama.causal_attention, sys.argv = causal_attention, arguments
+    install()
+    sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")
 
 

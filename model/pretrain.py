@@ -23,17 +23,18 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT.parent), str(ROOT)]
-from attention import causal_attention  # noqa: E402
+import attention  # noqa: E402
 
 import llama  # noqa: E402
+from loading.files import write_atomic  # noqa: E402
 from train_heads import length_batches  # noqa: E402
 
-llama.causal_attention = causal_attention     # torch's own kernel at head_dim 4 takes two thirds of a training step
+attention.install()     # torch's own kernel at head_dim 4 takes two thirds of a training step
 # glibc gives large blocks back to the kernel and faults them in again at every step: 1.2 times the time. Keep them.
 for option, value in ((-4, 0), (-1, 2 ** 31 - 1), (-2, 2 ** 28)):    # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     ctypes.CDLL(None).mallopt(option, value)
 CONFIG = llama.LlamaConfig(vocab_size=4096, hidden_size=64, intermediate_size=256, num_hidden_layers=8,
-                           num_attention_heads=16, max_position_embeddings=2048, rms_norm_eps=1e-6)
+                           num_attention_heads=16, num_key_value_heads=16, head_dim=4, max_position_embeddings=2048)
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -192,7 +193,7 @@ def main():
                 bar.set_postfix(loss=f"{line['loss']:.3f}", valid=f"{line['valid_bits_per_byte']:.4f}")
                 state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                          "step": step, "seconds": seconds, "data": data}
-                llama.write_atomic(checkpoint, lambda path, state=state: torch.save(state, path))
+                write_atomic(checkpoint, lambda path, state=state: torch.save(state, path))
                 with (out / "log.jsonl").open("a") as log:
                     print(json.dumps({k: round(v, 5) for k, v in line.items()}), file=log)
     if RANK == 0:

@@ -7,12 +7,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent         # pytest puts it on the path: `from conftest import ..` in any folder
+ROOT = TESTS.parent
 sys.path.insert(0, str(ROOT))
 
-from extras.cli import command_line  # noqa: E402
-from llama import Llama, LlamaConfig, write_json  # noqa: E402
+from extras.command_line import command_line  # noqa: E402
+from llama import Llama, LlamaConfig  # noqa: E402
+from loading.files import write_json  # noqa: E402
 from tinymedusa import MedusaHeads  # noqa: E402
+from variants.heads import build_heads, save  # noqa: E402
 
 torch.set_num_threads(1)
 MODEL = ROOT / "model"
@@ -23,20 +26,25 @@ def tiny_llama(seed=0, dtype=torch.float64, std=0.35, **over) -> Llama:
     torch.manual_seed(seed)
     config = {"vocab_size": 12, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
               "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96}
-    model = Llama(LlamaConfig(**config | over))
+    model = Llama(LlamaConfig.from_dict(config | over))
     for p in model.parameters():
         p.data.normal_(0, std) if p.dim() == 2 else p.data.uniform_(0.5, 1.5)
     model = model.to(dtype)
-    model.set_buffers(dtype or torch.float32, "cpu")
+    model.fill_rotary_table()                   # in float32 again
     return model.eval()
 
 
 def tiny_heads(model, num_heads=4, noise=0.2, seed=1, **options) -> MedusaHeads:
+    """Heads that guess about as the base model does; options of build_heads."""
     torch.manual_seed(seed)
-    heads = MedusaHeads.untrained(model, num_heads, **options)
+    heads = build_heads(model, num_heads, **options)
     for p in heads.parameters():
         p.data.add_(noise * torch.randn_like(p))
     return heads.eval()
+
+
+def save_heads(heads, folder, model, base="tiny") -> None:
+    save(folder, heads, model, base)
 
 
 def random_tree(rng: random.Random, num_heads=4, ranks=4, nodes=20) -> list:
@@ -74,7 +82,7 @@ def tiny_folder(tmp_path) -> Path:
     model.save(tmp_path / "tiny")
     byte_tokenizer(tmp_path / "tiny" / "tokenizer.json")
     write_json(tmp_path / "tiny" / "generation_config.json", {"eos_token_id": 2})
-    tiny_heads(model, 3).save(tmp_path / "tiny" / "medusa", "tiny")
+    save_heads(tiny_heads(model, 3), tmp_path / "tiny" / "medusa", model)
     return tmp_path / "tiny"
 
 

@@ -2,16 +2,17 @@
 import json
 
 import pytest
-from conftest import MODEL, ROOT, tiny_heads, tiny_llama
+from conftest import MODEL, ROOT, tiny_llama
 
 import generate
-from llama import Llama, Tokenizer, write_json
-from tinymedusa import KINDS
+from llama import LlamaConfig
+from loading.files import write_json
+from loading.tokenizer import Tokenizer
 
 
 def test_streamed_text_is_whole_characters_and_nothing_is_lost():
     """Through characters of 1 to 4 bytes, spaces and a cut-off end: the pieces add up to the whole text."""
-    tokenizer = Tokenizer(MODEL, tiny_llama().config.__class__(vocab_size=4096))
+    tokenizer = Tokenizer(MODEL, LlamaConfig(vocab_size=4096))
     for text in ("a naïve 你好 🦊🦊 dog ", "你", "  two  spaces", "🦊"):
         prompt, ids = tokenizer.encode("Once"), tokenizer.encode(text)[1:]
         for cut in (len(ids), len(ids) - 1):
@@ -66,8 +67,8 @@ def test_max_steps_means_the_same_for_both(tiny_folder, cli):
 def test_a_difference_is_reported_not_hidden(tiny_folder, cli, monkeypatch):
     """Break Medusa on purpose: --compare must say where the outputs part, and how near the choice was."""
     import tinymedusa
-    real = tinymedusa.choose
-    monkeypatch.setattr(tinymedusa, "choose", lambda logits, u, s: (real(logits, u, s) + (logits.shape[1] > 1)) % 300)
+    real = tinymedusa.sample
+    monkeypatch.setattr(tinymedusa, "sample", lambda logits, *a: (real(logits, *a) + (logits.shape[1] > 1)) % 300)
     result, = run_json(cli, "--model", tiny_folder, "--prompt", "the dog", "--compare", "--max-new-tokens", 20)
     assert result["identical"] is False
     assert result["first_difference"]["position"] == 1 and result["first_difference"]["margin"] > 0
@@ -76,10 +77,9 @@ def test_a_difference_is_reported_not_hidden(tiny_folder, cli, monkeypatch):
 
 
 def test_the_tree_comes_from_the_option_the_folder_or_the_published_one(tiny_folder, cli, monkeypatch):
-    import generate
     seen = []
     real = generate.Tree.from_paths
-    monkeypatch.setattr(generate.Tree, "from_paths", lambda p, *a, **k: seen.append(p) or real(p, *a, **k))
+    monkeypatch.setattr(generate.Tree, "from_paths", lambda paths: seen.append(paths) or real(paths))
     run = lambda *a: run_json(cli, "--model", tiny_folder, "--prompt", "dog", "--max-new-tokens", 2, "--threads", 1, *a)
     run()
     write_json(tiny_folder / "medusa" / "tree.json", {"paths": [[0], [0, 0]], "note": "more keys are fine"})
@@ -87,8 +87,7 @@ def test_the_tree_comes_from_the_option_the_folder_or_the_published_one(tiny_fol
     run("--tree", "[[1]]")
     (tiny_folder / "my.json").write_text("[[0], [1]]")
     run("--tree", tiny_folder / "my.json")
-    given = [p for p in seen if p]                                               # [] is the root's own
-    assert len(given[0]) == 15 and given[1:] == [[[0], [0, 0]], [[1]], [[0], [1]]]
+    assert len(seen[0]) == 15 and seen[1:] == [[[0], [0, 0]], [[1]], [[0], [1]]]
 
 
 def test_heads_may_live_elsewhere_or_nowhere(tiny_folder, tmp_path, cli):
@@ -110,7 +109,7 @@ def test_the_first_command_of_the_readme(cli):
 
 
 def test_the_embedded_heads_reach_the_promised_tokens_per_step(cli, monkeypatch):
-    monkeypatch.setattr("generate.REPEATS", 1)
+    monkeypatch.setattr("extras.compare.REPEATS", 1)
     openings = (ROOT / "benchmarks" / "openings.txt").read_text().splitlines()[:10]
     args = [a for o in openings for a in ("--prompt", o)]
     results = run_json(cli, *args, "--compare", "--max-new-tokens", 200, "--threads", 1)
@@ -123,64 +122,6 @@ def test_the_embedded_heads_reach_the_promised_tokens_per_step(cli, monkeypatch)
 def test_the_embedded_model_and_both_sets_of_heads_are_small():
     files = [f for f in MODEL.rglob("*") if f.suffix in (".json", ".safetensors") and "pretrained" not in f.parts]
     assert sum(f.stat().st_size for f in files) < 8e6
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_tune_forecasts_what_decoding_then_does(kind, tiny_folder, tmp_path, cli, monkeypatch):
-    """Every second text forecasts the tree's tokens per step: decoding those openings must give that very figure.
-
-    Times are made up, so that the choice is known: a node costs a hundredth of a plain step, then a whole one.
-    """
-    def a_node_costs(price):
-        monkeypatch.setattr("extras.tune.step_seconds", lambda model, heads, trees, ids, args: [
-            0.001 * (1 if tree is None else 1 + price * len(tree.paths)) for tree in trees])
-    a_node_costs(0.01)
-    model = Llama.from_pretrained(tiny_folder)
-    tiny_heads(model, 3, kind=kind, noise=0.05).save(tiny_folder / "medusa", "tiny")
-    openings = [f"the dog{' x' * i}" for i in range(12)]
-    (tmp_path / "o.txt").write_text("\n".join(openings))
-    status, out, err = cli("generate", "--model", tiny_folder, "--tune", tmp_path / "o.txt", "--max-new-tokens", 30,
-                           "--threads", 1)
-    written = json.loads((tiny_folder / "medusa" / "tree.json").read_text())
-    tuned = written["modes"]["cpu"]
-    assert written["paths"] == tuned["paths"] and status == 0, err
-    assert "<- best" in out and "root" in out and "plain decoding" in out
-    best = max(tuned["candidates"], key=lambda c: c["tokens_per_second"])
-    assert best == tuned["chosen"] and best["nodes"] == len(tuned["paths"]) + 1
-    assert best["tokens_per_second"] == pytest.approx(1000 * best["tokens_per_step"] / best["step_ms"], rel=1e-2)
-    assert len(tuned["hits"]) == len(tuned["paths"]) and all(0 < share < 1 for share in tuned["hits"])
-    assert {2, 3, 4, 6, 8} <= {c["nodes"] for c in tuned["candidates"]}
-    arguments = [a for o in openings[1::2] for a in ("--prompt", o)]             # shortest first, every second one
-    results = run_json(cli, "--model", tiny_folder, *arguments, "--max-new-tokens", 30)
-    new, steps = (sum(r[key] for r in results) for key in ("new_tokens", "steps"))
-    assert (new - len(results)) / steps == pytest.approx(best["tokens_per_step"], abs=1e-4)
-    cost = f"a step of {best['nodes']} nodes costs {1 + 0.01 * best['nodes']:.2f} plain steps and yields " \
-        f"{best['tokens_per_step']:.2f} tokens"
-    where = tiny_folder / "medusa" / "tree.json"
-    assert results[0]["tree"] == f"{best['nodes']} nodes, {where}: tuned for cpu: {cost}"
-    result, = run_json(cli, "--model", tiny_folder, "--tune", tmp_path / "o.txt", "--tree", tmp_path / "t.json",
-                       "--max-new-tokens", 30, "--temperature", 0.5)
-    assert result["tree"] == str(tmp_path / "t.json") and json.loads((tmp_path / "t.json").read_text())["paths"]
-    a_node_costs(1.0)                                                            # no tree yields a token a node
-    assert "plain decoding is faster on cpu" in cli("generate", "--model", tiny_folder, "--tune", tmp_path / "o.txt",
-                                                    "--max-new-tokens", 30, "--threads", 1)[1]
-    args = ["--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 30, "--profile"]
-    result, = run_json(cli, *args)
-    assert set(result["stages"]) == {"init", "base_inference"} and result["tokens_per_step"] == 1
-    assert result["tree"].startswith(f"1 nodes, {where}: plain decoding is faster on cpu: a step of 2 nodes costs 3.00")
-    forced, = run_json(cli, *args, "--tree", "[[0], [1]]")
-    assert "tree" in forced["stages"] and forced["token_ids"] == result["token_ids"]
-
-
-def test_a_tree_for_each_mode():
-    """The shipped file: a tree for eager decoding, the root alone for the compiled step."""
-    args = ["--heads", str(MODEL / "medusa")]
-    for more, mode, nodes in ([], "cpu", 8), (["--compile"], "cpu compiled", 1):
-        parsed = generate.arguments(args + more)
-        assert generate.mode(parsed) == mode
-        heads, tree, source = generate.load_heads(parsed, Llama.from_pretrained(MODEL))
-        assert len(tree.paths) == nodes and (heads is None) == (nodes == 1)
-        assert ("plain decoding is faster on cpu compiled: a step of 2 nodes" in source) == (nodes == 1)
 
 
 def test_the_report_names_the_tree(tiny_folder, cli):

@@ -1,42 +1,41 @@
 """The great equality: whatever the tree, heads, temperature and batch, Medusa's tokens are plain decoding's."""
+import math
 import random
+from itertools import islice
 
 import pytest
 import torch
 from conftest import MODEL, ROOT, random_prompt, random_tree, tiny_heads, tiny_llama
 from test_accept import slow_warp
 
-from llama import Llama, Tokenizer, UserError
-from tinymedusa import (
-    GREEDY,
-    KINDS,
-    MedusaHeads,
-    Sampling,
-    Stages,
-    Tree,
-    choice_margin,
-    generate,
-    published_tree,
-    uniforms,
-)
+from extras.compare import margin, noise_at
+from llama import Llama
+from loading.heads import KINDS
+from loading.tokenizer import Tokenizer
+from loading.trees import check_paths, published_tree
+from tinymedusa import GREEDY, Decoder, MedusaHeads, PlainDecoder, Sampling, Stages, Tree, gumbel_noise
+from variants import batches
+from variants.heads import load_heads
 
 CASES = 320
+TOKEN_MAPS = (None, torch.tensor([2, 3, 4, 6, 7, 9, 11]))
 
 
 def naive(model, prompt, new_tokens, sampling, seed, eos):
-    """Plain decoding as its definition: the whole text again for every token, no cache, the CDF walked in Python."""
-    text, draws = list(prompt), uniforms([seed], new_tokens)[0].tolist()
+    """Plain decoding as its definition: the whole text again for every token, no cache, nothing in a batch.
+
+    Drawing is the Gumbel-max trick written out: the largest log p + noise, the noise of this seed and output position.
+    """
+    text, vocab = list(prompt), model.config.vocab_size
+    noise = gumbel_noise(torch.tensor([seed]), torch.arange(new_tokens)[None], vocab)[0].tolist()
     while len(text) - len(prompt) < new_tokens and len(text) < model.config.max_position_embeddings:
         logits = model.lm_head(model(torch.tensor([text]))[0, -1]).tolist()
         if sampling.temperature == 0:
-            token = max(range(len(logits)), key=lambda i: logits[i])
+            token = max(range(vocab), key=lambda i: logits[i])
         else:
-            probs = slow_warp(logits, *sampling[:3])
-            target, total = draws[len(text) - len(prompt)] * sum(probs), 0.0
-            for token, p in enumerate(probs):                                   # noqa: B007
-                total += p
-                if total > target:
-                    break
+            pairs = zip(slow_warp(logits, *sampling), noise[len(text) - len(prompt)], strict=True)
+            drawn = [math.log(p) + gumbel if p else -math.inf for p, gumbel in pairs]
+            token = max(range(vocab), key=lambda i: drawn[i])
         text.append(token)
         if token in eos:
             break
@@ -44,27 +43,35 @@ def naive(model, prompt, new_tokens, sampling, seed, eos):
 
 
 def collect(steps, rows):
-    """The rows' tokens, and how many steps accepted 0, 1, 2, ... drafts."""
+    """The rows' tokens, and how many steps accepted 0, 1, 2, ... drafts; steps are lists, or dicts of those at work."""
     out, accepted = [[] for _ in range(rows)], {}
     for new in steps:
-        for row, ids in new.items():
-            if out[row]:                                                         # not the prefill's token
+        for row, ids in new.items() if isinstance(new, dict) else enumerate(new):
+            if out[row] and ids:                                                 # not the prefill's token
                 accepted[len(ids) - 1] = accepted.get(len(ids) - 1, 0) + 1
             out[row] += ids
     return out, accepted
 
 
+def random_heads(rng, model):
+    """Heads of any kind: the paper's, and all that variants/ has."""
+    noise, num_layers = rng.choice([0.02, 0.1]), rng.choice([1, 2])
+    if rng.random() < 0.2:
+        return tiny_heads(model, noise=noise, num_layers=num_layers)
+    return tiny_heads(model, noise=noise, num_layers=num_layers, width=rng.choice([None, 16]),
+                      tie_lm_head=rng.random() < 0.5, kind=rng.choice(KINDS), recent=rng.choice([1, 1, 3]),
+                      token_map=rng.choice(TOKEN_MAPS))
+
+
 def test_the_great_equality():
     models = [tiny_llama(seed, num_key_value_heads=kv, std=0.3) for seed, kv in ((0, 2), (1, 4), (2, 1))]
-    accepted, full, at_eos, at_context = {}, 0, 0, 0
+    accepted, seen, full, at_eos, at_context = {}, {}, 0, 0, 0
     for case in range(CASES):
         rng = random.Random(case)
         model = models[case % 3]
-        heads = tiny_heads(model, noise=rng.choice([0.02, 0.1]), width=rng.choice([None, 16]),
-                           tie_lm_head=rng.random() < 0.5, num_layers=rng.choice([1, 2]), kind=rng.choice(KINDS),
-                           recent=rng.choice([1, 1, 3]),
-                           token_map=rng.choice([None, torch.tensor([2, 3, 4, 6, 7, 9, 11])]))
-        tree = heads.tree(random_tree(rng, rng.randint(1, 4), ranks=5, nodes=rng.choice([6, 40, 80])))
+        heads = random_heads(rng, model)
+        paths = [] if rng.random() < 0.1 else random_tree(rng, rng.randint(1, 4), 5, rng.choice([6, 40, 80]))
+        tree = Tree.from_paths(check_paths(paths, len(heads), heads.draft_size))
         sampling = Sampling(rng.choice([0, 0.5, 0.8, 1.3]), rng.choice([0, 0, 4]), rng.choice([1.0, 0.9]))
         prompts = [random_prompt(rng, rng.choice([8, 85])) for _ in range(rng.randint(1, 5))]
         seeds, new_tokens = [rng.randrange(10 ** 6) for _ in prompts], rng.randint(1, 60)
@@ -72,108 +79,78 @@ def test_the_great_equality():
         eos = rng.choice([(), (2,), (2, 7)])
         with torch.no_grad():
             expected = [naive(model, p, new_tokens, sampling, s, eos) for p, s in zip(prompts, seeds, strict=True)]
-        options = {"sampling": sampling, "eos": eos}
-        plain, none = collect(generate(model, prompts[-1:], new_tokens, seeds=seeds[-1:], **options), 1)
-        medusa, some = collect(generate(model, prompts, new_tokens, heads=heads, tree=tree, seeds=seeds, **options,
-                                        batch_size=batch_size), len(prompts))
-        assert plain == expected[-1:] and set(none) <= {0}
+        plain, decoder = PlainDecoder(model, sampling, eos), Decoder(model, heads, tree, sampling, eos)
+        steps = plain.generate(prompts, new_tokens, seeds)
+        if case % 2:
+            steps = batches.generate(plain, prompts, new_tokens, seeds, batch_size)
+        texts, none = collect(steps, len(prompts))
+        medusa, some = collect(decoder.generate(prompts, new_tokens, seeds), len(prompts))
+        waiting, _ = collect(batches.generate(decoder, prompts, new_tokens, seeds, batch_size), len(prompts))
+        assert texts == expected and set(none) <= {0}, f"case {case}"
         assert medusa == expected, f"case {case}"
-        for drafts, count in some.items():
-            accepted[drafts] = accepted.get(drafts, 0) + count
-        deepest = tree.path.shape[1] - 1
-        full += some.get(deepest, 0) if deepest > 1 else 0
+        assert waiting == expected, f"case {case}"
         at_eos += sum(bool(t) and t[-1] in eos for t in medusa)
         at_context += sum(len(p) + len(t) == 96 for p, t in zip(prompts, medusa, strict=True))
+        if not paths:
+            seen["root alone"] = seen.get("root alone", 0) + 1
+            assert set(some) <= {0}
+            continue
+        kind = type(heads).__name__, bool(sampling.temperature)
+        seen[kind] = seen.get(kind, 0) + sum(count for drafts, count in some.items() if drafts)
+        for drafts, count in some.items():
+            accepted[drafts] = accepted.get(drafts, 0) + count
+        deepest = tree.retrieve.shape[1] - 1
+        full += some.get(deepest, 0) if deepest > 1 else 0
     share = sum(n for drafts, n in accepted.items() if drafts) / sum(accepted.values())
     print(f"{CASES} cases, steps by accepted drafts {dict(sorted(accepted.items()))}, {share:.0%} accept one, "
-          f"{full} at full depth, {at_eos} rows ended by eos, {at_context} by the context")
+          f"{full} at full depth, {at_eos} rows ended by eos, {at_context} by the context; where: {seen}")
     assert share > 0.2 and full > 20 and at_eos > 50 and at_context > 20
+    assert len(seen) == 9 and min(seen.values()) > 10                            # four kinds, greedy and drawn
 
 
 def test_yields_tokens_as_they_come_and_stops_exactly():
     model = tiny_llama()
-    heads, tree = MedusaHeads.untrained(model, 3), Tree.from_paths(published_tree(3), 3, 12)
-    steps = list(generate(model, [[1, 5, 6]], 20, heads=heads, tree=tree, eos=()))
+    heads, tree = MedusaHeads(model, 3), Tree.from_paths(published_tree(3))
+    decoder = Decoder(model, heads, tree, eos=())
+    steps = list(decoder.generate([[1, 5, 6]], 20))
     assert len(steps[0][0]) == 1 and sum(len(s[0]) for s in steps) == 20
     whole = [t for s in steps for t in s[0]]
     for limit in range(1, 20):
-        some = [t for s in generate(model, [[1, 5, 6]], limit, heads=heads, tree=tree, eos=()) for t in s[0]]
+        some = [t for s in decoder.generate([[1, 5, 6]], limit) for t in s[0]]
         assert some == whole[:limit]
     first = whole.index(whole[7])
-    ended = [t for s in generate(model, [[1, 5, 6]], 20, heads=heads, tree=tree, eos=(whole[7],)) for t in s[0]]
+    ended = [t for s in Decoder(model, heads, tree, eos=(whole[7],)).generate([[1, 5, 6]], 20) for t in s[0]]
     assert ended == whole[:first + 1]
-    assert len(list(generate(model, [[1, 5, 6]], 20, heads=heads, tree=tree, eos=(), max_steps=4))) == 5   # prefill + 4
+    assert list(islice(decoder.generate([[1, 5, 6]], 20), 5)) == steps[:5]        # the prefill and four steps
 
 
-def test_finished_rows_leave_the_batch():
-    """Rows end at different lengths; each step's forward holds only the living ones, give or take a quarter."""
-    model, rows, alive = tiny_llama(), [], []
-
-    def spy(name, function, *args):
-        if name == "base_inference":
-            rows.append(len(args[3].token))
-        return function(*args)
-    prompts = [[1, 3 + i % 9, 3 + i // 9] for i in range(40)]
-    steps = list(generate(model, prompts, 60, sampling=Sampling(1.0), run=spy))
-    for i, step in enumerate(steps[1:]):
-        alive.append(len(step))
-        assert alive[-1] <= rows[i] and (i == 0 or rows[i] * 0.75 <= alive[-1] + 1)
-    assert rows[0] == 40 and min(rows) < 10
-    alone = [[t for s in generate(model, [p], 60, sampling=Sampling(1.0), seeds=[i]) for t in s[0]]
-             for i, p in enumerate(prompts)]
-    assert [[t for s in steps for t in s.get(i, [])] for i in range(40)] == alone
-
-
-def test_a_finished_row_takes_the_next_prompt():
-    """All rows stay at work while a prompt waits, and each text is what it is alone."""
-    model, rows = tiny_llama(std=0.5), []
-
-    def spy(name, function, *args):
-        if name == "base_inference":
-            rows.append(len(args[3].token))
-            for row in (args[3].remaining == 0).nonzero():                       # none: it was replaced
-                raise AssertionError(f"row {row} is finished and stands in the batch")
-        return function(*args)
-    prompts = [[1, 3 + i % 9, *[5] * (i % 7 * 10)] for i in range(30)]
-    sampling = Sampling(1.0)
-    steps = list(generate(model, prompts, 40, sampling=sampling, run=spy, batch_size=4))
-    texts, _ = collect(steps, 30)
-    assert texts == [collect(generate(model, [p], 40, sampling=sampling, seeds=[i]), 1)[0][0]
-                     for i, p in enumerate(prompts)]
-    last = max(i for i, step in enumerate(steps) if len(step) >= 4)
-    assert len({*map(len, texts)}) > 5 and set(rows[:last]) == {4} and len(rows) < 0.4 * sum(map(len, texts))
-    assert all(i in steps[0] for i in range(4)) and [i for s in steps for i in s if i > 3][0] == 4    # in their order
-
-
-def test_nothing_of_a_finished_row_is_seen_not_even_nan():
+def test_a_finished_row_yields_nothing_more():
     model = tiny_llama()
-    model.embed_tokens.weight.data[0] = torch.nan                                # a token that spoils its row
-    prompts = [[1, 0, 4, 4, 4, 4], [1, 5]]
-    heads = tiny_heads(model, token_map=torch.arange(1, 12))                     # a draft of it would spoil the tree
-    for options in ({}, {"heads": heads, "tree": heads.tree([[1], [2]])}):
-        texts, _ = collect(generate(model, prompts, 12, eos=(), batch_size=1, **options), 2)
-        alone, _ = collect(generate(model, prompts[1:], 12, eos=()), 1)
-        assert texts[1] == alone[0] and 0 not in texts[1]
+    prompts = [[1, 3 + i % 9, 3 + i // 9] for i in range(20)]
+    steps = list(PlainDecoder(model, Sampling(1.0)).generate(prompts, 60))
+    ends = [max(i for i, step in enumerate(steps) if step[row]) for row in range(20)]
+    assert all([len(step[row]) for step in steps] == [1] * (end + 1) + [0] * (len(steps) - end - 1)
+               for row, end in enumerate(ends))
+    assert len(set(ends)) > 5 and max(ends) == len(steps) - 1                    # the last one ends it
 
 
-def test_prompts_that_cannot_be():
+def test_one_place_left_in_the_context():
     model = tiny_llama()
-    with pytest.raises(UserError, match="prompt 2 is empty"):
-        next(generate(model, [[1], []], 5))
-    with pytest.raises(UserError, match="has 96 tokens, the context holds 96"):
-        next(generate(model, [[1] * 96], 5))
-    assert [len(s[0]) for s in generate(model, [[1] * 95], 5, eos=())] == [1]      # one place left
+    heads, tree = tiny_heads(model), Tree.from_paths(published_tree(4))
+    for decoder in (PlainDecoder(model, eos=()), Decoder(model, heads, tree, eos=())):
+        assert [len(s[0]) for s in decoder.generate([[1] * 95], 5)] == [1]
+        assert [len(t) for t in collect(decoder.generate([[1] * 95, [1] * 90, [1]], 9), 3)[0]] == [1, 6, 9]
 
 
 def test_stage_names_and_calls():
     model = tiny_llama()
-    heads, tree = tiny_heads(model), Tree.from_paths(published_tree(4), 4, 12)
+    heads, tree = tiny_heads(model), Tree.from_paths(published_tree(4))
     clock = Stages("cpu")
-    steps = len(list(generate(model, [[1, 4]], 30, heads=heads, tree=tree, eos=(), run=clock))) - 1
+    steps = len(list(Decoder(model, heads, tree, eos=(), run=clock).generate([[1, 4]], 30))) - 1
     assert {k: len(v) for k, v in clock.seconds.items()} == {
         "init": 1, "medusa": steps, "tree": steps, "posterior": steps, "update": steps}
     clock = Stages("cpu")
-    list(generate(model, [[1, 4]], 30, eos=(), run=clock))
+    list(PlainDecoder(model, eos=(), run=clock).generate([[1, 4]], 30))
     assert {k: len(v) for k, v in clock.seconds.items()} == {"init": 1, "base_inference": 29}
     assert all(t > 0 for v in clock.seconds.values() for t in v)
 
@@ -182,21 +159,37 @@ def test_stage_names_and_calls():
 def test_embedded_model(sampling):
     """float32, real weights and heads, ten held-out openings in one batch: a difference only at a near-tie."""
     model = Llama.from_pretrained(MODEL)
-    heads = MedusaHeads.from_pretrained(MODEL / "medusa", model)
-    tokenizer, tree = Tokenizer(MODEL, model.config), Tree.from_paths(
-        published_tree(heads.num_heads), heads.num_heads, 4096)
+    heads = load_heads(MODEL / "medusa", model)
+    tokenizer, tree = Tokenizer(MODEL, model.config), Tree.from_paths(published_tree(len(heads)))
     openings = (ROOT / "benchmarks" / "openings.txt").read_text().splitlines()[:10]
     prompts = [tokenizer.encode(o) for o in openings]
-    plain, _ = collect(generate(model, prompts, 80, sampling=sampling), 10)
-    medusa, accepted = collect(generate(model, prompts, 80, heads=heads, tree=tree, sampling=sampling), 10)
+    plain, _ = collect(PlainDecoder(model, sampling).generate(prompts, 80), 10)
+    medusa, accepted = collect(Decoder(model, heads, tree, sampling).generate(prompts, 80), 10)
     ties = 0
     for row, (prompt, a, b) in enumerate(zip(prompts, plain, medusa, strict=True)):
         if a != b:
             at = next(i for i in range(len(a)) if a[i] != b[i])
             with torch.no_grad():
                 logits = model.lm_head(model(torch.tensor([prompt + a[:at]]))[0, -1])
-            assert choice_margin(logits, uniforms([row], at + 1)[0, -1].item(), sampling) < 1e-4
+            assert margin(logits, noise_at(row, at, logits, sampling), sampling) < 1e-4
             ties += 1
     drafts = sum(n * count for n, count in accepted.items())
     print(f"{sampling}: {ties} near-ties in 10 rows, {1 + drafts / sum(accepted.values()):.2f} tokens per step")
     assert ties <= 1 and drafts > 0.5 * sum(accepted.values())
+
+
+def test_five_lines_of_library_use(monkeypatch):
+    """As README.md has them, in float32 on the embedded model: plain decoding's text."""
+    from llama import Llama
+    from tinymedusa import Decoder, Tree
+    from variants.heads import load_heads
+    monkeypatch.chdir(ROOT)
+    model = Llama.from_pretrained("model")
+    heads = load_heads("model/medusa", model)
+    tree = Tree.from_pretrained("model/medusa", heads)
+    ids, out = Tokenizer("model", model.config).encode("Once upon a time, there was a cat."), []
+    for new in Decoder(model, heads, tree).generate([ids], 100):
+        out.append(new[0])
+    plain = [t for new in PlainDecoder(model).generate([ids], 100) for t in new[0]]
+    assert [t for new in out for t in new] == plain and len(plain) > 50
+    assert len(out) - 1 < 0.6 * (len(plain) - 1)                                 # in far fewer steps

@@ -13,8 +13,9 @@ TEXT = "Once upon a time, there was a little girl named Lily. She had a red ball
 
 
 def test_golden_logits():
-    from llama import Llama, Tokenizer
-    from tinymedusa import generate
+    from llama import Llama
+    from loading.tokenizer import Tokenizer
+    from tinymedusa import PlainDecoder
     golden, model = json.loads(GOLDEN.read_text()), Llama.from_pretrained(MODEL)
     assert Tokenizer(MODEL, model.config).encode(TEXT) == golden["ids"]
     with torch.no_grad():
@@ -22,7 +23,7 @@ def test_golden_logits():
     for position, row in golden["logits"].items():
         seen = logits[int(position), golden["columns"]]
         assert (seen - torch.tensor(row)).abs().max() <= 1e-4
-    assert [t for new in generate(model, [golden["ids"]], 60) for t in new[0]] == golden["greedy"]
+    assert [t for new in PlainDecoder(model).generate([golden["ids"]], 60) for t in new[0]] == golden["greedy"]
 
 
 def write_golden():

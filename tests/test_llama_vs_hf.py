@@ -3,8 +3,11 @@ import pytest
 import torch
 from conftest import MODEL
 
-from llama import Llama, LlamaConfig, Tokenizer, UserError, mask_table, new_cache, read_json, visible, write_json
-from tinymedusa import generate
+from llama import CacheView, Llama, LlamaConfig, new_cache
+from loading.config import check_prompts
+from loading.files import UserError, read_json, write_json
+from loading.tokenizer import Tokenizer
+from tinymedusa import PlainDecoder
 
 transformers = pytest.importorskip("transformers", reason="development requirement; test_golden.py runs without it")
 
@@ -38,6 +41,10 @@ CONFIGS = {
 }
 
 
+def plain_text(model, ids, new_tokens, **options) -> list:
+    return [t for new in PlainDecoder(model, **options).generate([ids], new_tokens) for t in new[0]]
+
+
 def hf_twin(folder, shard="5GB", **over):
     """A random model of transformers, saved by it in `folder`; weights large enough that every part matters."""
     torch.manual_seed(0)
@@ -53,11 +60,10 @@ def compare(twin, ours, ids) -> float:
     rows, length = ids.shape
     with torch.no_grad():
         expected = twin(ids).logits
-        cache = new_cache(ours.config, rows, length + 7, like=ours.norm)
-        slots = torch.arange(length).expand(rows, -1)
-        table = mask_table(torch.ones(length, length).tril().bool())
-        mask = visible(torch.zeros(rows, dtype=torch.long), table, torch.arange(length + 7))
-        outputs = ours.lm_head(ours(ids)), ours.lm_head(ours(ids, slots, mask, cache, slots))
+        cache = new_cache(ours.config, rows, length + 7, like=ours.norm.weight)
+        positions, causal = torch.arange(length).expand(rows, -1), torch.ones(length, length).tril().bool()
+        view = CacheView.new(cache, torch.zeros(rows, dtype=torch.long), causal, length + 7)
+        outputs = ours.lm_head(ours(ids)), ours.lm_head(ours(ids, positions, view))
     assert expected.std() > 0.5
     return max((expected - out).abs().max().item() for out in outputs)
 
@@ -66,7 +72,7 @@ def compare(twin, ours, ids) -> float:
 def test_logits(name, tmp_path):
     twin = hf_twin(tmp_path, **CONFIGS[name])
     ours = Llama.from_pretrained(tmp_path)
-    assert ours.norm.dtype == torch.float32
+    assert ours.norm.weight.dtype == torch.float32
     difference = compare(twin, ours, torch.randint(3, CONFIGS[name]["vocab_size"], (2, 53)))
     print(f"{name}: largest difference {difference:.2e}")
     assert difference <= 1e-4
@@ -93,7 +99,8 @@ def test_mistral_up_to_its_sliding_window(tmp_path):
     assert ours.config.max_position_embeddings == 64
     assert compare(twin, ours, torch.randint(3, 320, (2, 63))) <= 1e-4
     with pytest.raises(UserError, match="the context holds 64 .*sliding window"):
-        next(generate(ours, [[1] * 64], 5))
+        check_prompts([[1] * 64], ours.config)
+    check_prompts([[1] * 63], ours.config)
     write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"sliding_window": None})
     assert Llama.from_pretrained(tmp_path).config.max_position_embeddings == 256
 
@@ -102,8 +109,9 @@ def test_dynamic_ends_with_the_original_length(tmp_path):
     hf_twin(tmp_path, **CONFIGS["dynamic"])
     ours = Llama.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="the context holds 256 .*'dynamic' would change the keys"):
-        next(generate(ours, [[1] * 256], 5))
-    assert sum(len(new[0]) for new in generate(ours, [[1] * 200], 100, eos=())) == 56
+        check_prompts([[1] * 256], ours.config)
+    check_prompts([[1] * 255], ours.config)
+    assert len(plain_text(ours, [1] * 200, 100, eos=())) == 56
 
 
 def test_sharded(tmp_path):
@@ -127,7 +135,7 @@ def test_bfloat16_on_request(tmp_path):
     """Rounds elsewhere than transformers does, but no worse: measured against float32."""
     twin, ids = hf_twin(tmp_path, **TINY), torch.randint(3, 320, (4, 40))
     ours = Llama.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert ours.embed_tokens.weight.dtype == torch.bfloat16 and ours.rotary.dtype == torch.float32
+    assert ours.embed_tokens.weight.dtype == torch.bfloat16 and ours.cos.dtype == ours.sin.dtype == torch.float32
     with torch.no_grad():
         exact, mine = twin(ids).logits, ours.lm_head(ours(ids)).float()
         theirs = twin.to(torch.bfloat16)(ids).logits.float()
@@ -150,8 +158,9 @@ def test_config_defaults_are_those_of_hf():
     old = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
     ours, theirs = LlamaConfig.from_dict(old), transformers.LlamaConfig(**old)
     for field in LlamaConfig.__dataclass_fields__:
-        if field not in ("dtype", "rope_theta", "rope_scaling", "sliding_window"):
+        if field not in ("dtype", "rope_theta", "rope_scaling", "sliding_window", "eos_token_ids"):
             assert getattr(ours, field) == getattr(theirs, field), field
+    assert ours.eos_token_ids == (theirs.eos_token_id,)
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"] and ours.dtype == "float32"
     rope = {"rope_type": "default", "rope_theta": 5e5}
     written = transformers.LlamaConfig(**old, rope_parameters=rope).to_dict()
@@ -179,7 +188,7 @@ def test_embedded_model_greedy_text():
         ids = tokenizer.encode(prompt)
         assert theirs(prompt).input_ids == ids
         expected = twin.generate(torch.tensor([ids]), max_new_tokens=120, do_sample=False, pad_token_id=0)[0, len(ids):]
-        assert [t for new in generate(ours, [ids], 120) for t in new[0]] == expected.tolist()
+        assert plain_text(ours, ids, 120) == expected.tolist()
 
 
 def test_the_embedded_model_has_the_shape_of_tinyllama_v0():

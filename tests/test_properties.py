@@ -11,8 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_generate import collect, naive
 
+from extras.chat import keep_prefix
 from llama import new_cache
-from tinymedusa import KINDS, Sampling, generate, prefill, whole_cache
+from loading.heads import KINDS
+from loading.trees import check_paths
+from tinymedusa import Decoder, PlainDecoder, Sampling, Tree
+from variants import batches
 
 EXAMPLES = int(os.environ.get("TINYMEDUSA_EXAMPLES", 60))
 long_or_short = settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=EXAMPLES <= 60,
@@ -42,9 +46,10 @@ def trees(draw, heads):
     paths, ranks = [()], min(heads.draft_size, 4)
     for parent, rank in draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, ranks - 1)), max_size=25)):
         parent = paths[parent % len(paths)]
-        if len(parent) < heads.num_heads and (*parent, rank) not in paths:
+        if len(parent) < len(heads) and (*parent, rank) not in paths:
             paths.append((*parent, rank))
-    return heads.tree([list(path) for path in draw(st.permutations(paths)) if path])
+    paths = [list(path) for path in draw(st.permutations(paths)) if path]
+    return Tree.from_paths(check_paths(paths, len(heads), heads.draft_size))
 
 
 @st.composite
@@ -64,24 +69,34 @@ def cases(draw):
         model=model, heads=heads, tree=draw(trees(heads)), sampling=sampling, prompts=prompts,
         seeds=draw(st.lists(st.integers(0, 2 ** 62), min_size=len(prompts), max_size=len(prompts))),
         eos=tuple(draw(st.sets(st.integers(0, vocab - 1), max_size=2))), new_tokens=draw(st.integers(1, 70)),
-        batch_size=draw(st.none() | st.integers(1, 5)))
+        batch_size=draw(st.none() | st.integers(1, 5)), kept=draw(st.integers(0, context)),
+        behind=draw(prompt))
 
 
 @long_or_short
 @given(cases())
 def test_tokens_and_cache_are_those_of_plain_decoding(case):
-    options = {"heads": case.heads, "tree": case.tree, "sampling": case.sampling, "eos": case.eos}
+    options = case.sampling, case.eos
+    rows, decoder = len(case.prompts), Decoder(case.model, case.heads, case.tree, *options)
     with torch.no_grad():
         expected = [naive(case.model, p, case.new_tokens, case.sampling, s, case.eos)
                     for p, s in zip(case.prompts, case.seeds, strict=True)]
-    texts, _ = collect(generate(case.model, case.prompts, case.new_tokens, seeds=case.seeds,
-                                batch_size=case.batch_size, **options), len(case.prompts))
-    assert texts == expected
-    cache = whole_cache(case.model, 1)
-    alone, _ = collect(generate(case.model, case.prompts[:1], case.new_tokens, seeds=case.seeds[:1], past=(cache, 0),
-                                **options), 1)
-    assert alone == expected[:1]
-    text, fresh = case.prompts[0] + alone[0], new_cache(case.model.config, 1, 140, like=case.model.norm)
+    assert collect(decoder.generate(case.prompts, case.new_tokens, case.seeds), rows)[0] == expected
+    waiting = batches.generate(decoder, case.prompts, case.new_tokens, case.seeds, case.batch_size)
+    assert collect(waiting, rows)[0] == expected
+    plain = PlainDecoder(case.model, *options)
+    assert collect(plain.generate(case.prompts, case.new_tokens, case.seeds), rows)[0] == expected
+
+    keep_prefix(decoder)
+    assert collect(decoder.generate(case.prompts[:1], case.new_tokens, case.seeds[:1]), 1)[0] == expected[:1]
+    text = case.prompts[0] + expected[0]
+    cache, fresh = decoder.new_cache(None, 0), new_cache(case.model.config, 1, 140, like=case.model.norm.weight)
     with torch.inference_mode():
-        prefill(case.model, [text[:-1]], fresh)
+        plain.prefill([text[:-1]], fresh, 1)
     assert torch.allclose(cache[:, :, :len(text) - 1], fresh[:, :, :len(text) - 1], atol=1e-9, rtol=1e-7)
+
+    decoder.cached = text[:-1]                                                   # another prompt that begins like this
+    prompt = (text[:case.kept] + case.behind)[:case.model.config.max_position_embeddings - 1]
+    with torch.no_grad():
+        following = naive(case.model, prompt, case.new_tokens, case.sampling, case.seeds[0], case.eos)
+    assert collect(decoder.generate([prompt], case.new_tokens, case.seeds[:1]), 1)[0] == [following]

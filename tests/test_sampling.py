@@ -6,7 +6,7 @@ import torch
 from conftest import tiny_heads, tiny_llama
 from test_accept import slow_warp
 
-from tinymedusa import Sampling, Tree, generate
+from tinymedusa import Decoder, Sampling, Tree
 
 ROWS, BATCHES, V = 5000, 20, 6
 
@@ -17,7 +17,7 @@ def exact(model, prompt, sampling) -> torch.Tensor:
     for n in range(3):
         for prefix in itertools.product(range(V), repeat=n):
             logits = model.lm_head(model(torch.tensor([[*prompt, *prefix]]))[0, -1]).tolist()
-            p = torch.tensor(slow_warp(logits, *sampling[:3]), dtype=torch.float64)
+            p = torch.tensor(slow_warp(logits, *sampling), dtype=torch.float64)
             probability[prefix] *= (p / p.sum()).view(-1, *[1] * (2 - n))
     return probability.flatten()
 
@@ -25,17 +25,18 @@ def exact(model, prompt, sampling) -> torch.Tensor:
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(1.4, 5, 0.9)], ids=str)
 def test_three_token_continuations(sampling):
     model = tiny_llama(vocab_size=V, num_hidden_layers=1, std=0.25)
-    heads, tree = tiny_heads(model, 2, noise=0.05), Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0]], 2, V)
+    heads, tree = tiny_heads(model, 2, noise=0.05), Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0]])
     prompt, counts, drafted, steps = [1, 4, 3], torch.zeros(V ** 3, dtype=torch.float64), 0, 0
+    decoder = Decoder(model, heads, tree, sampling, eos=())
     with torch.no_grad():
         probability = exact(model, prompt, sampling)
     for batch in range(BATCHES):
         rows = [[] for _ in range(ROWS)]
-        for i, new in enumerate(generate(model, [prompt] * ROWS, 3, heads=heads, tree=tree, sampling=sampling, eos=(),
-                                         seeds=range(batch * ROWS, (batch + 1) * ROWS))):
-            for row, ids in new.items():
-                rows[row] += ids
-                steps += bool(i)
+        seeds = range(batch * ROWS, (batch + 1) * ROWS)
+        for i, new in enumerate(decoder.generate([prompt] * ROWS, 3, seeds)):
+            for row, ids in zip(rows, new, strict=True):
+                row += ids
+                steps += bool(i and ids)
                 drafted += max(0, len(ids) - 1)
         rows = torch.tensor(rows)
         counts += torch.bincount(rows @ torch.tensor([V * V, V, 1]), minlength=V ** 3)

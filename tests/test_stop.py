@@ -15,17 +15,21 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from extras.cli import command_line
-from llama import Llama, LlamaConfig, Tokenizer, UserError
-from prepare_data import read_tokens
-from tinymedusa import MedusaHeads, load_tree
+from extras.command_line import command_line
+from llama import Llama, LlamaConfig
+from loading.documents import beside, read_tokens
+from loading.files import UserError
+from loading.tokenizer import Tokenizer
+from loading.trees import read_tree
+from tinymedusa import Tree
+from variants.heads import load_heads
 
 SERVER = """
 import fcntl, json, os, resource, signal, sys, time
 import generate, prepare_data, train_heads, torch
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.SIG_DFL)    # as the scripts' first lines do
-from extras.cli import command_line
+from extras.command_line import command_line
 for line in sys.stdin:
     script, argv, err, delay, number, largest = json.loads(line)
     read, write = os.pipe()                     # a file would be subject to the limit
@@ -106,11 +110,11 @@ def whole_or_absent(folder):
     if (folder / "a.bin.json").exists():
         assert read_tokens(folder / "a.bin", tokenizer)
     if (folder / "h" / "config.json").exists():
-        heads = MedusaHeads.from_pretrained(folder / "h", model)
-        load_tree(folder / "h", heads)
+        heads = load_heads(folder / "h", model)
+        Tree.from_pretrained(folder / "h", heads)
     if (folder / "tree.json").exists():
-        load_tree(folder / "tiny/medusa", MedusaHeads.from_pretrained(folder / "tiny/medusa", model),
-                  str(folder / "tree.json"), "cpu")
+        heads = load_heads(folder / "tiny/medusa", model)
+        read_tree(folder / "tiny/medusa", len(heads), heads.draft_size, str(folder / "tree.json"), "cpu")
 
 
 @pytest.mark.parametrize("name", ["generate", "batch", "tune", "tokenise", "distill", "train"])
@@ -121,8 +125,8 @@ def test_a_signal_at_any_moment(name, server, work):
     times = int(os.environ.get("STOPS", 4 if name == "train" else 8))
     for i in range(times):
         number, delay = (signal.SIGINT, signal.SIGTERM)[i % 2], whole * (i + rng.random()) / times
-        for stale in ("a.bin.json", "a.bin", "h/checkpoint.pt"):
-            (folder / stale).unlink(missing_ok=True)
+        for stale in (*beside(folder / "a.bin"), folder / "h/checkpoint.pt"):
+            stale.unlink(missing_ok=True)
         status, err, out, seconds = server(*does[name], folder=folder, delay=delay, number=number)
         assert "Traceback" not in err and "rror" not in err, err
         assert status in (0, 128 + number, 130, -number) and seconds < 10, (status, err)
@@ -244,6 +248,7 @@ def test_a_full_disk(name, more, largest, server, work):
     assert status == 2 and "Traceback" not in err, err
     assert line.startswith(f"{does[name][0]}.py: ") and ("can't write" in line or "File too large" in line), err
     assert (folder / "a.bin").read_bytes() == b"old" and not list(folder.glob("h/config.json"))
+    assert {p.name for p in folder.glob("*a.bin*")} == {"a.bin"}
     (folder / "a.bin").unlink()
     whole_or_absent(folder)
 
@@ -257,8 +262,8 @@ def test_two_runs_that_write_the_same_file(server, work):
                              stderr=subprocess.DEVNULL) for limit in ("100", "110")]
     assert [p.wait(60) for p in both] == [0, 0]
     assert len(read_tokens(folder / "a.bin", tokenizer)) in (100, 110) and not list(folder.glob(".tmp*"))
-    (folder / "a.bin").rename(folder / "d.bin")
-    (folder / "a.bin.json").rename(folder / "d.bin.json")
+    for written, name in zip(beside(folder / "a.bin"), beside(folder / "d.bin"), strict=True):
+        written.rename(name)
     train = [sys.executable, ROOT / "train_heads.py", *does["train"][1:], "--epochs", "4000"]
     first = subprocess.Popen(list(map(str, train)), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     while not (folder / "h/metrics.jsonl").exists():

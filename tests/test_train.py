@@ -1,4 +1,4 @@
-"""Training: labels, loss, ranks and walk against slow definitions, exact resume, several processes, the commands."""
+"""Training: labels, losses and ranks against slow definitions, exact resume, several processes, the command."""
 import itertools
 import json
 import math
@@ -15,10 +15,15 @@ from conftest import ROOT, tiny_heads, tiny_llama
 from safetensors.torch import load_file
 
 import train_heads
-from llama import Llama, UserError, model_name, write_json
-from prepare_data import continuations, entries
-from tinymedusa import GREEDY, KINDS, MedusaHeads, generate, grow_tree, path_hits, walk
-from train_heads import IGNORE, evaluate, head_results, learning_rate, length_batches, make_batch, train
+from extras.forecast import simulate
+from loading.documents import Document, document
+from loading.files import UserError, write_json
+from loading.heads import KINDS
+from prepare_data import continuations
+from tinymedusa import Decoder, MedusaHeads, PlainDecoder, Tree
+from train_heads import IGNORE, evaluate, head_results, learning_rate, length_batches, make_batch, teacher_of, train
+from variants import batches
+from variants.heads import build_heads
 
 x = IGNORE
 
@@ -30,7 +35,7 @@ def options(tmp_path, *more):
 
 
 def text(ids):
-    return np.concatenate((entries([1], False), entries(ids, True)))
+    return document(([1], False), (ids, True))
 
 
 def texts(number=4, length=20):
@@ -52,7 +57,7 @@ def test_head_k_learns_the_token_k_plus_1_places_on():
 def test_prompts_carry_no_loss_and_no_step_begins_in_them():
     """Question, answer, question, answer: [1 5 6] 7 8 9 2 [10 11] 12 2."""
     ids, loss = [1, 5, 6, 7, 8, 9, 2, 10, 11, 12, 2], np.array([0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1])
-    batch = make_batch([entries(ids, loss)], 2)
+    batch = make_batch([Document(ids, loss)], 2)
     labels = {i: batch.labels[:, j].tolist() for j, i in enumerate(batch.index.tolist())}
     assert labels == {0: [x, 7], 1: [7, 8], 2: [8, 9], 3: [9, 2], 4: [2, x], 6: [x, 12], 7: [12, 2], 8: [2, x]}
     own = dict(zip(batch.index.tolist(), batch.own.tolist(), strict=True))
@@ -61,8 +66,7 @@ def test_prompts_carry_no_loss_and_no_step_begins_in_them():
 
 
 def test_packed_rows_ask_nothing_across_a_boundary():
-    stream = np.concatenate([text([5, 6, 2]), text([7, 8, 9, 2])])
-    stream[[0, 4]] |= 2                                                          # where the two begin
+    stream = Document.joined([text([5, 6, 2]), text([7, 8, 9, 2])])
     batch = make_batch(train_heads.cut([stream], 8), 2)
     labels = {i: batch.labels[:, j].tolist() for j, i in enumerate(batch.index.tolist())}
     assert labels == {0: [6, 2], 1: [2, x], 4: [8, 9], 5: [9, x]}      # the last 2 stands alone in the second row
@@ -80,7 +84,7 @@ def test_losses_and_ranks_against_their_definition(kind, token_map, distill, mon
     batch = make_batch(documents, 2)
     with torch.no_grad():
         hidden = model(batch.ids)
-        results = list(head_results(heads, batch, hidden, distill))
+        results = list(head_results(heads, batch, hidden, teacher_of(model, heads) if distill else None))
         ids = list(range(12)) if token_map is None else token_map.tolist()
         losses, ranks = torch.zeros(2, dtype=torch.float64), [[], []]
         for row, t in itertools.product(range(3), range(10)):
@@ -90,7 +94,7 @@ def test_losses_and_ranks_against_their_definition(kind, token_map, distill, mon
                 if t + 2 >= len(text):
                     continue
                 recent = torch.cat((torch.zeros(2, 32), hidden[row]))[None, t:t + 3]             # hidden of t - 2 .. t
-                logits = heads.all_logits(recent, torch.tensor([(text + [0, 0])[t + 1:t + 3]]))[k, 0]
+                logits = heads(recent, torch.tensor([(text + [0, 0])[t + 1:t + 3]]))[0, k]
                 known = label in ids
                 ranks[k].append(int((logits > logits[ids.index(label)]).sum()) if known else train_heads.MISS)
                 if known:
@@ -101,16 +105,15 @@ def test_losses_and_ranks_against_their_definition(kind, token_map, distill, mon
     assert torch.cat([r for _, r in results], 1).tolist() == ranks
 
 
-def trained(tmp_path, documents, *more, heads=None, **over):
-    model = tiny_llama(**over)
-    heads = heads or tiny_heads(model, 2)
-    heads.borrow(model)
+def trained(tmp_path, documents, *more, **kind):
+    model = tiny_llama()
+    heads = tiny_heads(model, 2, **kind)
     train(model, heads, documents, options(tmp_path, "--batch-tokens", 50, "--lr", 1e-2, *more))
     return model, heads
 
 
 def close(a: MedusaHeads, b: MedusaHeads, atol):
-    return all(torch.allclose(a.names()[n].double(), b.names()[n].double(), rtol=0, atol=atol) for n in a.names())
+    return all(torch.allclose(p, q, rtol=0, atol=atol) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 def test_chunks_and_accumulated_batches_give_the_gradient_of_the_whole(monkeypatch, tmp_path):
@@ -124,13 +127,22 @@ def test_chunks_and_accumulated_batches_give_the_gradient_of_the_whole(monkeypat
     assert close(runs[0], runs[1], 1e-9) and close(runs[0], runs[2], 1e-9)
 
 
+@pytest.mark.parametrize("token_map", [None, torch.arange(2, 9)], ids=["all", "map"])
+def test_a_batch_without_labels_adds_nothing(token_map, tmp_path):
+    """A document of two tokens, or the last of a longer one, alone in its batch."""
+    more = ("--epochs", 1, "--batch-tokens", 1, "--accumulate")
+    _, without = trained(tmp_path, texts(2), *more, 2, token_map=token_map)
+    _, heads = trained(tmp_path, [text([5]), *texts(2), text([])], *more, 4, token_map=token_map)
+    assert close(heads, without, 1e-9) and not close(heads, tiny_heads(tiny_llama(), 2, token_map=token_map), 1e-4)
+
+
 def test_loss_weights_and_clipping(tmp_path):
     """One step of AdamW with a huge eps is a step of plain gradient descent: the slow definition of the gradient."""
     model, documents = tiny_llama(), texts(2)
     heads, before = tiny_heads(model, 2), tiny_heads(model, 2)
     batch = make_batch(documents, 2)
-    logits = before.all_logits(model(batch.ids).flatten(0, 1)[batch.index, None].detach(), batch.tokens)
-    loss = sum(0.3 * 0.5 ** (k + 1) * F.cross_entropy(logits[k], batch.labels[k], ignore_index=IGNORE)
+    logits = before(model(batch.ids).flatten(0, 1)[batch.index, None].detach(), batch.tokens)
+    loss = sum(0.3 * 0.5 ** (k + 1) * F.cross_entropy(logits[:, k], batch.labels[k], ignore_index=IGNORE)
                for k in range(2))
     gradient = torch.autograd.grad(loss, list(before.parameters()))
     seen = []
@@ -150,17 +162,16 @@ def test_loss_weights_and_clipping(tmp_path):
 
 def test_the_base_stays_as_it_is(tmp_path):
     start = tiny_heads(tiny_llama(), 2, tie_lm_head=True)
-    heads = tiny_heads(tiny_llama(), 2, tie_lm_head=True)
-    model, _ = trained(tmp_path, texts(), heads=heads)
+    model, heads = trained(tmp_path, texts(), tie_lm_head=True)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), tiny_llama().parameters(), strict=True))
-    assert not any(torch.equal(t, start.names()[n]) for n, t in heads.names().items())
+    assert not any(torch.equal(t, start.state_dict()[n]) for n, t in heads.state_dict().items())
 
 
 def by_heart(tmp_path, kind, rows, **over):
     model = tiny_llama(vocab_size=40, dtype=torch.float32, std=0.6, **over)
     openings = {i: [1, 3 + i] for i in range(rows)}
-    documents = list(continuations(openings, lambda p, s: generate(model, p, 60, sampling=GREEDY), rows))
-    return model, openings, documents, MedusaHeads.untrained(model, 3, **kind)
+    write = lambda prompts, seeds: batches.generate(PlainDecoder(model), prompts, 60, seeds)
+    return model, openings, list(continuations(openings, write, rows)), build_heads(model, 3, **kind)
 
 
 @pytest.mark.parametrize("kind, rows", [
@@ -169,74 +180,25 @@ def by_heart(tmp_path, kind, rows, **over):
 def test_a_tiny_corpus_learned_by_heart(kind, rows, tmp_path):
     """On the base's own greedy text the heads end up guessing nearly all: at least 0.9 (K + 1) tokens a step.
 
-    The walk over the ranks must tell exactly the steps that decoding takes.
+    The simulation from the ranks must tell exactly the steps that decoding takes.
     """
     model, openings, documents, heads = by_heart(tmp_path, kind, rows)
-    assert len({tuple(d[-20:]) for d in documents}) > rows / 2                   # not one cycle for all
+    assert len({tuple(d.ids[-20:]) for d in documents}) > rows / 2                  # not one cycle for all
     args = options(tmp_path, "--epochs", 300, "--lr", 1e-2, "--warmup", 20, "--batch-tokens", 1000)
     train(model, heads, documents, args)
     figures, ranks, own = evaluate(model, heads, documents, args.batch_tokens)
     assert min(top[0] for top in figures["top"]) > 0.95
     for paths in ([[0], [0, 0], [0, 0, 0]], [[0], [1], [1, 0]]):
-        tree = heads.tree(paths)
-        steps = list(generate(model, list(openings.values()), 60, heads=heads, tree=tree))
+        tree = Tree.from_paths(paths)
+        steps = list(Decoder(model, heads, tree).generate(list(openings.values()), 60))
         for row in range(rows):
-            assert [t for s in steps for t in s.get(row, [])] == (documents[row] // 4).tolist()[2:]
-        counts = [len(s[row]) for s in steps[1:] for row in s]
-        found = walk(tree, ranks, own)
+            assert [t for s in steps for t in s[row]] == documents[row].ids.tolist()[2:]
+        counts = [len(ids) for s in steps[1:] for ids in s if ids]
+        found = simulate(tree, ranks, own)
         assert found["steps"] == len(counts) and abs(found["tokens_per_step"] - sum(counts) / len(counts)) < 6e-5
         if len(paths[-1]) == 3:
             print(f"{kind}: {sum(counts) / len(counts):.2f} tokens per step of at most 4")
             assert sum(counts) / len(counts) >= 0.9 * 4
-
-
-# ------------------------------------------------------------------------------------------------------------- trees
-
-def random_ranks():
-    g = torch.Generator().manual_seed(0)
-    ranks = [torch.randint(0, 4, (3, n), generator=g) * torch.tensor([[1], [1], [3]]) for n in (150, 250)]
-    for rank in ranks:                                                           # head 3 is worse
-        rank[:, ::9], rank[0, ::7] = 40, 40                                      # beyond what is counted: no hit
-    return ranks
-
-
-def test_the_tree_is_grown_from_joint_hits():
-    """Slow definition: a node's worth is the share of places where its whole path is right; take the best 6."""
-    ranks = random_ranks()
-    places = [tuple(place) for rank in ranks for place in rank.t().tolist()]
-    worth = {p: sum(place[:len(p)] == p for place in places)
-             for d in (1, 2, 3) for p in itertools.product(range(10), repeat=d)}
-    best = grow_tree(path_hits(ranks), 6)
-    assert sum(worth[tuple(p)] for p in best) == sum(sorted(worth.values(), reverse=True)[:6])
-    assert sum(path_hits(ranks).values()) == sum(worth.values())
-    assert max(map(len, grow_tree(path_hits(ranks), 30, deepest=2))) == 2
-
-
-def test_the_walk_against_its_definition():
-    ranks, tree = random_ranks(), tiny_heads(tiny_llama(), 3).tree([[0], [1], [0, 0], [0, 1], [0, 1, 3], [1, 0]])
-    own = [torch.ones(rank.shape[1], dtype=torch.bool) for rank in ranks]
-    own[1][100:130] = False                                                      # a question in between
-    steps, reached = 0, {}
-    for rank, mine in zip(ranks, own, strict=True):
-        place = 0
-        while place < rank.shape[1]:
-            if not mine[place]:
-                place += 1
-                continue
-            steps += 1
-            path = []
-            while path in tree.paths:
-                reached[tuple(path)] = reached.get(tuple(path), 0) + 1
-                path = path + [int(rank[len(path), place])] if len(path) < 3 else [*path, None]
-                if path not in tree.paths:
-                    place += len(path)
-    found = walk(tree, ranks, own)
-    assert found["steps"] == steps
-    near = lambda value: pytest.approx(value, abs=6e-5)                          # rounded
-    assert found["tokens_per_step"] == near(370 / steps)
-    for path, (name, share) in zip(tree.paths, found["node_reach"].items(), strict=True):
-        assert name == (" ".join(map(str, path)) or "root") and share == near(reached.get(tuple(path), 0) / steps)
-    assert found["depth_reach"][1] == near(sum(reached.get((r,), 0) for r in (0, 1)) / steps)
 
 
 # -------------------------------------------------------------------------------------------- schedule, batches, resume
@@ -260,22 +222,22 @@ def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, more, monkey
     monkeypatch.setattr(train_heads, "LOGITS", 7 * 2 * 12)                       # several chunks a batch
     more = (*more, "--epochs", 3, "--log-every", 2, "--batch-tokens", 21)
     model, whole = trained(tmp_path / "whole", texts(), *more)
-    real, calls = train_heads.backward, []
+    real, calls = train_heads.head_backward, []
 
-    def backward(*args):
+    def head_backward(*args):
         calls.append(1)
         if len(calls) == at:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_heads, "backward", backward)
+        patch.setattr(train_heads, "head_backward", head_backward)
         trained(tmp_path / "cut", texts(), *more)
     with pytest.raises(UserError, match="add --resume"):
         trained(tmp_path / "cut", texts(), *more)
     with pytest.raises(UserError, match="decay 0.8, not 0.5"):
         trained(tmp_path / "cut", texts(), *more, "--resume", "--decay", 0.5)
     again, resumed = trained(tmp_path / "cut", texts(), *more, "--resume")
-    assert all(torch.equal(whole.names()[n], resumed.names()[n]) for n in whole.names())
+    assert all(torch.equal(t, resumed.state_dict()[n]) for n, t in whole.state_dict().items())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
     read = lambda name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     untimed = lambda name: [{**m, "tokens_per_second": 0} for m in read(name)]
@@ -313,38 +275,7 @@ def test_two_processes_make_the_steps_of_one(tiny_folder, tmp_path, cli):
     assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- the commands
-
-def test_medusa_2_trains_base_and_heads_and_saves_a_whole_model(tiny_folder, tmp_path, cli):
-    stories = [f"the dog {'was happy ' * (5 + i % 3)}" for i in range(60)]
-    (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(stories))
-    cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out", tmp_path / "s.bin")
-    status, out, err = cli("train_heads", "--model", tiny_folder, "--data", tmp_path / "s.bin", "--out",
-                           tmp_path / "m2", "--medusa-2", "--num-heads", 2, "--epochs", 6, "--base-lr", 1e-3,
-                           "--draft-vocab", 40, "--tie-lm-head", "--width", 16, "--json")
-    assert status == 0, err
-    result = json.loads(out)
-    assert result["base_loss_before"] != result["base_loss"]
-    old, new = Llama.from_pretrained(tiny_folder), Llama.from_pretrained(tmp_path / "m2")
-    assert not any(torch.equal(p, q) for p, q in zip(old.parameters(), new.parameters(), strict=True))
-    heads = MedusaHeads.from_pretrained(tmp_path / "m2" / "medusa", new)
-    assert heads.draft_size == 40 and model_name(tmp_path / "m2") == "m2"
-    status, out, _ = cli("generate", "--model", tmp_path / "m2", "--prompt", "the dog", "--json", "--compare")
-    assert status == 0 and json.loads(out)["identical"] and json.loads(out)["tokens_per_step"] > 1
-
-
-def test_medusa_2s_first_half_leaves_the_base_alone_and_the_kl_holds_it(tmp_path, monkeypatch):
-    real, joint = train_heads.backward, []
-    monkeypatch.setattr(train_heads, "backward", lambda *a: joint.append(a[3] is not None) or real(*a))
-    model, _ = trained(tmp_path, texts(), "--medusa-2", "--epochs", 2, "--base-lr", 1e-3)
-    assert joint == [False, False, True, True]
-    assert not torch.equal(model.layers[0].down_proj, tiny_llama().layers[0].down_proj)
-    base, batch, hidden = tiny_llama().requires_grad_(False), make_batch(texts(1), 2), torch.randn(21, 32).double()
-    kl = lambda before: sum(
-        loss.item() for loss in train_heads.base_results(base, hidden, batch, (base.lm_head, before)))
-    p, q = (base.lm_head(h).log_softmax(-1)[:20] for h in (2 * hidden, hidden))
-    assert kl(2 * hidden) == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-4) and abs(kl(hidden)) < 1e-4
-
+# -------------------------------------------------------------------------------------------------------- the command
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_command(kind, tiny_folder, tmp_path, cli):
@@ -379,7 +310,8 @@ def test_every_way_of_training_learns_and_is_a_way_of_its_own(tmp_path):
     for i, more in enumerate([(), ("--target", "distill"), ("--bf16",), ("--schedule", "constant")]):
         model, _, documents, heads = by_heart(tmp_path, {"tie_lm_head": True, "width": 64}, 6)
         torch.manual_seed(0)
-        torch.nn.init.normal_(heads.blocks[0].up_weight)
+        for head in heads:
+            torch.nn.init.normal_(head[0].up.weight)
         args = options(tmp_path / str(i), "--epochs", 60, "--lr", 1e-2, "--batch-tokens", 200, "--log-every", 1, *more)
         train(model, heads, documents, args)
         losses = [json.loads(line)["loss"] for line in (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()]
@@ -444,7 +376,8 @@ def test_a_training_that_diverges_is_an_error_and_nan_is_no_hit(stories, tmp_pat
     assert (tmp_path / "h" / "model.safetensors").read_bytes() == before
     model = tiny_llama(dtype=torch.float32)
     heads = tiny_heads(model, 2)
-    heads.blocks[0].linear_weight.data[:] = math.nan
+    for head in heads:
+        head[0].linear.weight.data[:] = math.nan
     figures, _, _ = evaluate(model, heads, texts(), 100)
     assert figures["top"] == [[0] * 10] * 2
 
@@ -452,8 +385,8 @@ def test_a_training_that_diverges_is_an_error_and_nan_is_no_hit(stories, tmp_pat
 def test_equal_logits_rank_by_their_ids(monkeypatch):
     model = tiny_llama()
     heads, batch = tiny_heads(model, 2), make_batch(texts(1), 2)
-    monkeypatch.setattr(type(heads), "all_logits", lambda self, recent, tokens: torch.zeros(2, len(tokens), 12))
-    (_, rank), = head_results(heads, batch, torch.zeros(1, 21, 32).double(), False)
+    monkeypatch.setattr(type(heads), "forward", lambda self, recent, tokens: torch.zeros(len(tokens), 2, 12))
+    (_, rank), = head_results(heads, batch, torch.zeros(1, 21, 32).double())
     labels = batch.labels
     assert torch.equal(rank[labels != IGNORE], labels[labels != IGNORE])
 

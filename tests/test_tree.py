@@ -1,111 +1,95 @@
-"""The tree: derived tables against slow definitions, node logits against decoding the path in sequence, errors."""
+"""The tree: derived tables against slow definitions, node logits against decoding the path in sequence, drafts."""
 import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import random_prompt, random_tree, tiny_heads, tiny_llama
 
-from llama import UserError, new_cache
-from tinymedusa import KINDS, PUBLISHED_TREE, State, Tree, draft, feed, prefill, published_tree, verify
+from llama import new_cache
+from tinymedusa import GREEDY, ROOT, Decoder, NoHeads, PlainDecoder, Sampling, State, Tree, gumbel_noise, warp
+
+
+def state_of(token, recent_hidden=None, cache=None, length=None):
+    zero = torch.zeros(len(token), dtype=torch.long)
+    return State(cache, zero if length is None else length, token, recent_hidden, zero, zero + 99,
+                 torch.arange(len(token)))
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_tables_against_their_definition(seed):
     paths = random_tree(random.Random(seed))
-    tree = Tree.from_paths(paths, 4, 12)
-    assert tree.paths[0] == [] and sorted(tree.paths[1:]) == sorted(paths)
+    tree = Tree.from_paths(paths)
+    assert tree.paths[0] == () and sorted(tree.paths[1:]) == sorted(map(tuple, paths))
     for i, p in enumerate(tree.paths):
-        assert tree.depth[i] == len(p)
+        assert tree.depth[i] == len(p) and tree.rank[i] == (p[-1] if p else 0)
         assert tree.paths[tree.parent[i]] == p[:-1] and tree.parent[i] <= i
         for j, q in enumerate(tree.paths):
             assert tree.ancestors[i, j] == (p[:len(q)] == q)
-        for j in range(tree.path.shape[1]):
-            assert tree.path[i, j] >= j                                          # an unread row is never overwritten
-            assert j > len(p) or tree.paths[tree.path[i, j]] == p[:j]
+        for j in range(tree.retrieve.shape[1]):
+            assert tree.retrieve[i, j] >= j                                      # an unread slot is never overwritten
+            assert tree.retrieve[i, j] == (tree.paths.index(p[:j]) if j <= len(p) else j)
+    assert tree.retrieve.shape == (len(tree.paths), 1 + max(map(len, tree.paths)))
 
 
 @pytest.mark.parametrize("seed", range(10))
 @torch.inference_mode()
 def test_node_logits_are_those_of_the_path_in_sequence(seed):
     rng = random.Random(seed)
-    model, prompt, tree = tiny_llama(seed), random_prompt(rng), Tree.from_paths(random_tree(rng), 4, 12)
+    model, prompt, tree = tiny_llama(seed), random_prompt(rng), Tree.from_paths(random_tree(rng))
     ids = torch.randint(0, 12, (1, len(tree.paths)), generator=torch.Generator().manual_seed(seed))
-    cache = new_cache(model.config, 1, 160, like=model.norm)
-    length, _ = prefill(model, [prompt], cache)
-    with torch.inference_mode():
-        hidden = feed(model, ids, tree.depth, tree.mask, cache, length, torch.arange(128))[0]
-        for i, path in enumerate(tree.path):
-            sequence = prompt + ids[0, path[:tree.depth[i] + 1]].tolist()
-            expected = model(torch.tensor([sequence]))[0, -1]
-            assert torch.allclose(model.lm_head(hidden[i]), model.lm_head(expected), atol=1e-11)
+    cache = new_cache(model.config, 1, 160, like=model.norm.weight)
+    decoder = Decoder(model, NoHeads(), tree)
+    length, _ = decoder.prefill([prompt], cache, 1)
+    hidden, logits = decoder.verify(state_of(ids[:, 0], cache=cache, length=length), ids, 128)
+    for i, path in enumerate(tree.retrieve):
+        sequence = prompt + ids[0, path[:tree.depth[i] + 1]].tolist()
+        expected = model(torch.tensor([sequence]))[0, -1]
+        assert torch.allclose(hidden[0, i], expected, atol=1e-11)
+        assert torch.allclose(logits[0, i], model.lm_head(expected), atol=1e-11)
 
 
-@pytest.mark.parametrize("token_map", [None, torch.tensor([0, 3, 4, 6, 7, 9, 11])], ids=["all", "draft vocabulary"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(4))
-def test_every_node_is_its_heads_guess_behind_its_parents(kind, token_map, seed):
-    """Slow definition: node [.., r] of depth d is head d's rank r, given the tokens from the root to its parent."""
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8), Sampling(1.2, 9, 0.95)], ids=str)
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_every_node_is_its_heads_guess(num_layers, sampling):
+    """Slow definition: node [.., r] of depth d is the rank r of head d, by its logits and the parent's noise.
+
+    The parent of depth d - 1 is sampled at the output position emitted + d - 1. See variants/ for heads that see more.
+    """
     model = tiny_llama()
-    heads = tiny_heads(model, kind=kind, token_map=token_map, recent=2)
-    tree = heads.tree(random_tree(random.Random(seed), nodes=25))
-    recent, token = torch.randn(3, 2, 32, dtype=torch.float64), torch.tensor([4, 5, 6])
-    empty = torch.zeros(3, dtype=torch.long)
+    heads = tiny_heads(model, num_layers=num_layers)
+    token, recent_hidden = torch.tensor([4, 5, 6]), torch.randn(3, 1, 32, dtype=torch.float64)
+    state = state_of(token, recent_hidden)._replace(emitted=torch.tensor([0, 7, 30]), seed=torch.tensor([5, 0, 9]))
     with torch.inference_mode():
-        ids = draft(heads, tree, State(None, empty, token, recent, empty, empty, None))
-        for b in range(3):
-            for i, p in enumerate(tree.paths):
-                if not p:
-                    assert ids[b, i] == token[b]
-                    continue
-                before = torch.stack([ids[b, tree.paths.index(p[:j])] for j in range(len(p))])
-                padded = F.pad(before, (0, 4 - len(p)))[None]                    # what a head must not see: zeros
-                order = heads.all_logits(recent[b:b + 1], padded)[len(p) - 1, 0].argsort(descending=True)
-                assert ids[b, i] == (order if token_map is None else token_map[order])[p[-1]]
+        logits = heads(recent_hidden, token[:, None])
+        for seed in range(4):
+            tree = Tree.from_paths(random_tree(random.Random(seed), nodes=25))
+            ids, noise = Decoder(model, heads, tree, sampling).draft(state)
+            assert (noise is None) == (sampling.temperature == 0) and ids.shape == (3, len(tree.paths))
+            for b in range(3):
+                for i, p in enumerate(tree.paths):
+                    if not p:
+                        assert ids[b, i] == token[b]
+                        continue
+                    score = logits[b, len(p) - 1]
+                    if sampling.temperature:
+                        position = state.emitted[b:b + 1, None] + len(p) - 1
+                        score = warp(score, sampling) + gumbel_noise(state.seed[b:b + 1], position, 12)[0, 0]
+                    assert score[ids[b, i]] == score.sort(descending=True).values[p[-1]]     # -inf more than once
+                    siblings = [j for j, q in enumerate(tree.paths) if q and q[:-1] == p[:-1]]
+                    assert len(ids[b, siblings].unique()) == len(siblings)
 
 
 @torch.inference_mode()
 def test_the_root_alone():
-    tree = Tree.root()
-    assert tree.paths == [[]] and tree.path.tolist() == [[0]] and tree.ancestors.tolist() == [[True]]
+    assert ROOT.paths == [()] and ROOT.retrieve.tolist() == [[0]] and ROOT.ancestors.tolist() == [[True]]
+    assert (ROOT.parent.tolist(), ROOT.depth.tolist(), ROOT.rank.tolist()) == ([0], [0], [0])
     model = tiny_llama()
-    cache = new_cache(model.config, 1, 70, like=model.norm)
-    length, _ = prefill(model, [[1, 3]], cache)
-    state = State(cache, length, torch.tensor([7]), None, None, None, None)
-    with torch.inference_mode():
-        assert torch.allclose(verify(model, tree, draft(None, tree, state), state, torch.arange(64))[0][0, 0],
-                              model(torch.tensor([[1, 3, 7]]))[0, -1], atol=1e-12)
-
-
-def test_draw():
-    tree = Tree.from_paths([[0], [1], [0, 0], [0, 2], [0, 0, 1]], 3, 12)
-    assert str(tree).splitlines() == ["root", "├─0", "│ ├─0", "│ │ └─1", "│ └─2", "└─1"]
-
-
-@pytest.mark.parametrize("paths, says", [
-    ([[0, 0]], "path [0, 0] has no ancestor [0]"),
-    ([[0], [0, 1], [0, 1, 2], [0, 1, 2, 0]], "path [0, 1, 2, 0] has depth 4, there are only 3 heads"),
-    ([[0], [12]], "path [12] has rank 12, the vocabulary only 12 entries"),
-    ([[0], [0]], "path [0] stands in it twice"),
-    ([[0], []], "[] is not a path"),
-    ([[0], [-1]], "[-1] is not a path"),
-    ([[0.5]], "[0.5] is not a path"),
-    ([[True]], "[True] is not a path"),
-    ([0], "0 is not a path"),
-    ("01", "expected a list of paths"),
-])
-def test_errors_name_the_path(paths, says):
-    with pytest.raises(UserError) as error:
-        Tree.from_paths(paths, 3, 12)
-    assert says in str(error.value)
-
-
-def test_published_tree():
-    assert len(PUBLISHED_TREE) == 63 and len(set(map(tuple, PUBLISHED_TREE))) == 63
-    assert [sum(len(p) == d for p in PUBLISHED_TREE) for d in (1, 2, 3, 4)] == [10, 28, 23, 2]
-    assert published_tree(4)[:6] == [[0], [0, 0], [1], [0, 1], [2], [0, 0, 0]]
-    for heads in (1, 2, 3, 4):
-        for nodes in (1, 5, 15, 63):
-            paths = published_tree(heads, nodes)
-            Tree.from_paths(paths, heads, 32)                                    # every prefix is a tree
-            assert all(len(p) <= heads for p in paths)
+    decoder, cache = PlainDecoder(model), new_cache(model.config, 1, 70, like=model.norm.weight)
+    length, _ = decoder.prefill([[1, 3]], cache, 1)
+    state = state_of(torch.tensor([7]), cache=cache, length=length)
+    ids, noise = decoder.draft(state)
+    assert ids.tolist() == [[7]] and noise is None
+    hidden, logits = decoder.verify(state, ids, 64)
+    expected = model(torch.tensor([[1, 3, 7]]))[0, -1]
+    assert torch.allclose(hidden[0, 0], expected, atol=1e-12)
+    assert torch.allclose(logits[0, 0], model.lm_head(expected), atol=1e-12)

@@ -15,13 +15,17 @@ import time
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, tiny_llama
+from conftest import MODEL, ROOT, tiny_heads, tiny_llama
 
 import generate
-from extras.chat import Chat
+from extras.chat import Chat, keep_prefix
 from extras.report import COLOURS
-from llama import Llama, Tokenizer, write_json
-from tinymedusa import GREEDY, Tree, load_tree, prefill, start, whole_cache
+from llama import Llama, new_cache
+from loading.files import write_json
+from loading.templates import template_of
+from loading.tokenizer import Tokenizer
+from tinymedusa import Decoder, PlainDecoder, Tree
+from variants.heads import load_heads
 
 PLAIN, CHAT = "> ", "USER: "
 
@@ -249,13 +253,13 @@ def talk(tiny_folder, monkeypatch):
     def build(chat=False, **over):
         args = generate.arguments(["--model", str(tiny_folder), "--max-new-tokens", "10", "--threads", "1"])
         model = Llama.from_pretrained(tiny_folder)
-        heads = generate.MedusaHeads.from_pretrained(tiny_folder / "medusa", model)
-        tree, _ = load_tree(tiny_folder / "medusa", heads)
+        heads = load_heads(tiny_folder / "medusa", model)
+        decoder = generate.decoder_of(args, model, heads, Tree.from_pretrained(tiny_folder / "medusa", heads))
         fed, real = [], model.forward
         monkeypatch.setattr(model, "forward", lambda ids, *a: fed.append(ids[0].tolist()) or real(ids, *a))
         tokenizer = Tokenizer(tiny_folder, model.config)
-        client = Chat(model, tokenizer, chat, args, lambda ids, seed, emit, past=None: generate.run(
-            model, tokenizer, ids, args, seed, heads, tree, emit, past))
+        client = Chat(decoder, tokenizer, chat, args, lambda ids, seed, emit: generate.run(
+            decoder, tokenizer, ids, args, seed, emit))
         vars(client.args).update(over)
         return client, fed
     return build
@@ -264,7 +268,7 @@ def talk(tiny_folder, monkeypatch):
 def test_only_the_new_turn_is_read(talk, capsys):
     client, fed = talk()
     client.answer("the dog")
-    begun = len(client.cached)
+    begun = len(client.decoder.cached)
     fed.clear()
     result = client.answer(" a cat")
     again = client.encode(client.rounds[:1], " a cat")
@@ -272,22 +276,30 @@ def test_only_the_new_turn_is_read(talk, capsys):
     alone, _ = talk()
     fresh = alone.write(again, 0, lambda *a: None)
     assert fresh["token_ids"] == result["token_ids"] and fresh["steps"] == result["steps"]
-    assert client.cached == again + result["token_ids"][:-1]
+    assert client.decoder.cached == again + result["token_ids"][:-1]
 
 
 @pytest.mark.parametrize("recent", [1, 3])
-def test_kept_slots_change_nothing(recent):
-    """Whatever is kept of a prompt, the state to decode from is that of a fresh prefill."""
+def test_kept_slots_change_nothing(recent, monkeypatch):
+    """Whatever is kept of a prompt, the state to decode from is that of a fresh prefill, and no more is computed."""
     model, prompt = tiny_llama(), [1, 5, 9, 3, 7, 4, 8, 11, 6]
-    args = [prompt], 5, Tree.root(), GREEDY, torch.tensor([2]), [0], recent
+    plain, computed, real = PlainDecoder(model), [], model.forward
+    decoder = Decoder(model, tiny_heads(model, 2, recent=recent), Tree.from_paths([]), eos=(2,))
+    args = [prompt], 5, [0]
     with torch.inference_mode():
-        fresh, _ = start(model, *args, whole_cache(model, 1))
+        fresh, *_ = decoder.start(*args, new_cache(model.config, 1, 96, like=model.norm.weight))
+        monkeypatch.setattr(model, "forward", lambda ids, *a: computed.append(ids.shape[1]) or real(ids, *a))
         for kept in range(len(prompt) + 1):
-            cache = whole_cache(model, 1)
-            prefill(model, [prompt[:kept] + [10] * 9], cache)                    # more is in it than may be used
-            state, _ = start(model, *args, cache, kept)
+            decoder = Decoder(model, decoder.heads, Tree.from_paths([]), eos=(2,))
+            keep_prefix(decoder)
+            cache, cached = decoder.new_cache([], 0), prompt[:kept] + [10] * 9   # more is in it than may be used
+            plain.prefill([cached], cache, 1)
+            decoder.cached = cached
+            computed.clear()
+            state, *_ = decoder.start(*args, cache)
+            assert computed == [max(len(prompt) - kept, recent + 1)]             # the newest hidden states are new
             assert torch.equal(state.token, fresh.token) and torch.equal(state.length, fresh.length)
-            assert torch.allclose(state.recent, fresh.recent, atol=1e-12)
+            assert torch.allclose(state.recent_hidden, fresh.recent_hidden, atol=1e-12)
             assert torch.allclose(cache[:, :, :9], fresh.cache[:, :, :9], atol=1e-12)
 
 
@@ -296,11 +308,12 @@ def test_the_cache_holds_what_it_is_believed_to(talk, capsys):
     client, _ = talk()
 
     def check():
-        fresh = whole_cache(client.model, 1)
+        cache, cached = client.decoder.new_cache([], 0), client.decoder.cached
         with torch.inference_mode():
-            prefill(client.model, [client.cached], fresh)
-        n = len(client.cached)
-        assert n and torch.allclose(client.cache[:, :, :n], fresh[:, :, :n], atol=1e-5)
+            fresh = torch.zeros_like(cache)
+            PlainDecoder(client.decoder.model).prefill([cached], fresh, 1)
+        n = len(cached)
+        assert n and torch.allclose(cache[:, :, :n], fresh[:, :, :n], atol=1e-5)
     for message in ("the dog", " saw", " x"):
         client.answer(message)
         check()
@@ -359,7 +372,7 @@ def test_behind_the_end_of_a_text_a_new_one_begins(talk):
 
 
 def test_who_is_a_chat_model(tiny_folder, tmp_path):
-    named = lambda *a: generate.template_of(generate.arguments(["--model", *map(str, a)]))
+    named = lambda *a: template_of(generate.arguments(["--model", *map(str, a)]))
     assert named(MODEL) == named(tiny_folder) == "plain"
     assert named(tiny_folder, "--template", "vicuna") == "vicuna"
     config = json.loads((tiny_folder / "config.json").read_text())

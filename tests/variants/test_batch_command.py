@@ -3,12 +3,13 @@ import json
 import sys
 
 import pytest
-from conftest import tiny_heads, tiny_llama
+from conftest import tiny_llama
 
 import generate
-import tinymedusa
-from llama import Tokenizer, UserError
-from tinymedusa import read_tree
+from loading.config import check_prompts
+from loading.files import UserError
+from loading.tokenizer import Tokenizer
+from tinymedusa import PlainDecoder
 
 PROMPTS = ["the dog", "  two spaces", "a cat é 你", "x" * 30, "once", "the", "no", "a b c d", "dog dog"]
 
@@ -49,7 +50,7 @@ def test_they_come_in_order_and_not_only_at_the_end(tiny_folder, monkeypatch):
     args = generate.arguments(["--model", str(tiny_folder), "--batch-size", "3"])
     texts, asked = {0: 9, 1: 2, 2: 1, 3: 3, 4: 8, 5: 2}, []
 
-    def made_up(model, encoded, *rest, batch_size, **more):
+    def made_up(decoder, encoded, max_new_tokens, seeds, batch_size):
         waiting, rows = list(texts), {}
         while waiting or rows:
             rows = {i: n - 1 for i, n in rows.items() if n > 1}
@@ -58,10 +59,10 @@ def test_they_come_in_order_and_not_only_at_the_end(tiny_folder, monkeypatch):
                 rows[i] = texts[i]
             asked.append(len(rows))
             yield {i: [5] for i in rows} if rows else {}
-    monkeypatch.setattr(generate, "generate", made_up)
+    monkeypatch.setattr(generate.batches, "generate", made_up)
     tokenizer = Tokenizer(tiny_folder, tiny_llama(vocab_size=300).config)
     came = []
-    for result in generate.many(None, tokenizer, list("abcdef"), [[1]] * 6, None, None, args):
+    for result in generate.many(PlainDecoder(tiny_llama()), tokenizer, list("abcdef"), [[1]] * 6, args):
         came.append((result.get("prompt"), result["new_tokens"], len(asked)))
     assert [c[:2] for c in came] == [*zip("abcdef", texts.values(), strict=True), (None, 25)]
     assert [c[2] for c in came] == sorted(c[2] for c in came) and came[0][2] == 10 and came[3][2] < len(asked)
@@ -116,44 +117,8 @@ def test_a_chat_models_prompts_are_questions(tiny_folder, files, cli):
     assert together[4]["text"] == alone[0]["text"] and together[4]["prompt"] == "once"
 
 
-def test_the_tree_that_was_tuned_for_so_many_rows(tiny_folder, tmp_path, cli, monkeypatch):
-    """--tune writes an entry a batch size; without one of that size the next smaller one counts."""
-    sizes = []
-
-    def costs(model, heads, trees, prompts, args):
-        sizes.append(len(prompts))
-        return [0.001 * (1 if tree is None else 1 + 0.004 * len(prompts) * len(tree.paths)) for tree in trees]
-    monkeypatch.setattr("extras.tune.step_seconds", costs)
-    tiny_heads(tiny_llama(vocab_size=300), 3, noise=0.05).save(tiny_folder / "medusa", "tiny")
-    (tmp_path / "o.txt").write_text("\n".join(f"the dog{' x' * i}" for i in range(12)))
-    tune = ["--model", tiny_folder, "--tune", tmp_path / "o.txt", "--max-new-tokens", 30, "--threads", 1]
-    tree = tiny_folder / "medusa" / "tree.json"
-    for batch in (1, 8, 500):
-        assert cli("generate", *tune, "--batch-size", batch)[0] == 0
-        tree.write_text(json.dumps(json.loads(tree.read_text()) | {"source": "joint hits"}))
-    modes = json.loads(tree.read_text())["modes"]
-    assert sizes == [1, 8, 500] and list(modes) == ["cpu", "cpu batch 8", "cpu batch 500"]
-    for name, batch in zip(modes, sizes, strict=True):
-        for c in modes[name]["candidates"]:
-            assert c["tokens_per_second"] == pytest.approx(1000 * batch * c["tokens_per_step"] / c["step_ms"], rel=1e-2)
-    one, eight, many = (modes[name]["paths"] for name in modes)
-    assert len(one) > len(eight) > 0 == len(many)
-    for rows, paths in ((1, one), (7, one), (8, eight), (499, eight), (501, many)):
-        assert read_tree(str(tree), "cpu", rows)[0] == paths
-    assert read_tree(str(tree), "cuda", 8)[0] == one                             # not tuned: the file's own
-    assert cli("generate", *tune, "--batch-size", 9)[0] == 0                     # leaves alone what else is in there
-    assert json.loads(tree.read_text())["paths"] == one and json.loads(tree.read_text())["source"] == "joint hits"
-    (tmp_path / "p.txt").write_text("dog\n" * 500)
-    for batch, says in ((9, f"tree: {len(eight) + 1} nodes"), (500, "plain decoding is faster on cpu batch 500")):
-        out = cli("generate", "--model", tiny_folder, "--prompts-file", tmp_path / "p.txt", "--batch-size", batch,
-                  "--max-new-tokens", 3)[1]
-        assert says in out
-    (tmp_path / "p.txt").write_text("dog\n")                                     # fewer prompts than rows
-    assert f"tree: {len(one) + 1} nodes" in cli("generate", "--model", tiny_folder, "--prompts-file",
-                                                tmp_path / "p.txt", "--batch-size", 500, "--max-new-tokens", 3)[1]
-
-
 def test_limits_of_the_rows():
     model = tiny_llama()
     with pytest.raises(UserError, match="prompt 3 has 96 tokens"):
-        list(tinymedusa.generate(model, [[1], [1], [1] * 96], 5, batch_size=1))
+        check_prompts([[1], [1], [1] * 96], model.config)
+    check_prompts([[1], [1], [1] * 95], model.config)

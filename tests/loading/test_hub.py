@@ -8,10 +8,14 @@ import torch
 from conftest import ROOT, tiny_heads, tiny_llama
 from safetensors.torch import load_file, save_file
 
-import generate
-import llama
-from llama import Llama, UserError, read_json, write_json
-from tinymedusa import MedusaHeads, base_of
+from llama import Llama
+from loading import checkpoint
+from loading.files import UserError, read_json, write_json
+from loading.heads import base_of
+from loading.templates import question
+from loading.tokenizer import Tokenizer
+from tinymedusa import MedusaHeads
+from variants.heads import load_heads, save
 
 SMALL = ROOT / "tests" / "small.model"
 PROMPT = [1, 40, 300, 77]
@@ -48,8 +52,12 @@ def as_bin(folder, dtype=torch.float32, shards=1, extra=None) -> None:
     write_json(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
+def parameters(model) -> dict:
+    return dict(model.named_parameters())
+
+
 def official(heads: MedusaHeads, dtype=torch.float32, prefix="") -> dict:
-    return {prefix + name: t.detach().to(dtype).clone() for name, t in heads.names().items()}
+    return {prefix + name: t.detach().to(dtype).clone() for name, t in heads.state_dict().items()}
 
 
 def same(a: dict, b: dict) -> bool:
@@ -71,16 +79,16 @@ def small_repository(folder, **over) -> Llama:
 
 def test_tinyllama_v0(tmp_path, monkeypatch):
     """An old config that leaves out what is the default, bfloat16 weights, also as a pickle, some rows at a time."""
-    monkeypatch.setattr(llama, "READ_AT_ONCE", 1000)
+    monkeypatch.setattr(checkpoint, "READ_AT_ONCE", 1000)
     model = rounded(small_repository(tmp_path, num_key_value_heads=4), torch.bfloat16)
     model.save(tmp_path, torch.bfloat16)
     config = read_json(tmp_path / "config.json")
     for key in ("num_key_value_heads", "rope_theta", "rope_scaling", "head_dim", "dtype", "attention_bias", "mlp_bias"):
         config.pop(key)
     write_json(tmp_path / "config.json", config | {"pad_token_id": 0})
-    assert same(Llama.from_pretrained(tmp_path).tensors(), model.tensors())
+    assert same(parameters(Llama.from_pretrained(tmp_path)), parameters(model))
     as_bin(tmp_path, torch.bfloat16)
-    assert same(Llama.from_pretrained(tmp_path).tensors(), model.tensors())
+    assert same(parameters(Llama.from_pretrained(tmp_path)), parameters(model))
 
 
 def test_tiny_vicuna(tmp_path, cli):
@@ -88,10 +96,10 @@ def test_tiny_vicuna(tmp_path, cli):
     model = small_repository(tmp_path / "Tiny-Vicuna-1B")
     folder = tmp_path / "Tiny-Vicuna-1B"
     torch.save({"rubbish": torch.zeros(1)}, folder / "pytorch_model.bin")          # safetensors are preferred
-    assert same(Llama.from_pretrained(folder).tensors(), model.tensors())
+    assert same(parameters(Llama.from_pretrained(folder)), parameters(model))
     result, _ = text(cli, "--model", folder)
-    asked = generate.question(0, "Once upon a time")
-    assert result["prompt_tokens"] == len(llama.Tokenizer(folder, model.config).encode(asked))
+    asked = question(0, "Once upon a time")
+    assert result["prompt_tokens"] == len(Tokenizer(folder, model.config).encode(asked))
 
 
 def test_vicuna_7b(tmp_path):
@@ -99,7 +107,7 @@ def test_vicuna_7b(tmp_path):
     model = rounded(small_repository(tmp_path), torch.float16)
     as_bin(tmp_path, torch.float16, shards=2, extra={
         f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)})
-    assert same(Llama.from_pretrained(tmp_path).tensors(), model.tensors())
+    assert same(parameters(Llama.from_pretrained(tmp_path)), parameters(model))
     for file in tmp_path.glob("*-00002-*"):
         file.unlink()
     with pytest.raises(UserError, match="has no pytorch_model-00002-of-00002.bin"):
@@ -117,15 +125,16 @@ def test_heads_of_version_0_1(layers, where, tmp_path, cli, monkeypatch):
     with torch.no_grad():
         for p in heads.parameters():
             p.copy_(p.bfloat16())
-    heads.save(tmp_path / "own", "vicuna")
+    save(tmp_path / "own", heads, model, "vicuna")
     published = tmp_path / "medusa-vicuna-7b-v1.3"
     write_json(published / "config.json", {
         "base_model_name_or_path": "lmsys/vicuna-7b-v1.3", "medusa_num_heads": 2, "medusa_num_layers": layers,
         "transformers_version": "4.34.0"} | ({"version": "2"} if tied else {}))
     state = official(heads, torch.bfloat16)
     (save_file if tied else torch.save)(state, published / where)
-    read = MedusaHeads.from_pretrained(published, model)
-    assert same(read.names(), heads.names()) and read.num_heads == 5 and read.tie_lm_head == tied
+    read = load_heads(published, model)
+    assert same(read.state_dict(), heads.state_dict()) and len(read) == 5
+    assert getattr(read, "tie_lm_head", False) == tied
     assert base_of(published) == "lmsys/vicuna-7b-v1.3" and base_of(tmp_path / "lmsys" / "vicuna-7b-v1.3") is None
     own, _ = text(cli, "--model", "lmsys/vicuna-7b-v1.3", "--heads", "own")
     for args in (["--model", "lmsys/vicuna-7b-v1.3", "--heads", published], ["--model", published]):
@@ -144,13 +153,13 @@ def test_a_model_of_version_1_0_with_its_heads_inside(tmp_path, cli):
             p.copy_(p.half())
     model.save(tmp_path / "plain")
     shutil.copy(SMALL, tmp_path / "plain" / "tokenizer.model")
-    heads.save(tmp_path / "plain" / "medusa", "plain")
+    save(tmp_path / "plain" / "medusa", heads, model, "plain")
     as_bin(folder, torch.float16, shards=3, extra=official(heads, torch.float16, "medusa_head."))
     config = read_json(folder / "config.json")
     write_json(folder / "config.json", config | {"medusa_num_heads": 5, "medusa_num_layers": 1})
     write_json(folder / "added_tokens.json", {"<pad>": 0})
-    assert same(Llama.from_pretrained(folder).tensors(), model.tensors())
-    assert same(MedusaHeads.from_pretrained(folder, model).names(), heads.names())
+    assert same(parameters(Llama.from_pretrained(folder)), parameters(model))
+    assert same(load_heads(folder, model).state_dict(), heads.state_dict())
     own, _ = text(cli, "--model", tmp_path / "plain", "--template", "vicuna")
     for args in (["--model", folder], ["--model", folder, "--heads", folder],
                  ["--model", tmp_path / "plain", "--heads", folder, "--template", "vicuna"]):
@@ -177,7 +186,7 @@ def test_what_is_not_understood_is_named(change, says, tmp_path):
     write_json(tmp_path / "config.json", config)
     torch.save(state, tmp_path / "medusa_lm_head.pt")
     with pytest.raises(UserError, match=says):
-        MedusaHeads.from_pretrained(tmp_path, model)
+        load_heads(tmp_path, model)
 
 
 def test_plain_heads_of_ours_load_in_the_official_code(tmp_path):
@@ -191,13 +200,13 @@ def test_plain_heads_of_ours_load_in_the_official_code(tmp_path):
             return x + torch.nn.functional.silu(self.linear(x))
     model = model_of()
     heads = tiny_heads(model, 3)
-    heads.save(tmp_path, "tiny")
+    save(tmp_path, heads, model, "tiny")
     theirs = torch.nn.ModuleList(torch.nn.Sequential(ResBlock(32), torch.nn.Linear(32, 700, bias=False))
                                  for _ in range(3))
     theirs.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
     hidden = torch.randn(5, 32)
-    assert torch.allclose(torch.stack([head(hidden) for head in theirs]),
-                          heads(hidden[:, None], torch.zeros(5, 0, dtype=torch.long), 0, 3), atol=1e-5)
+    assert torch.allclose(torch.stack([head(hidden) for head in theirs], dim=1),
+                          heads(hidden[:, None], torch.zeros(5, 1, dtype=torch.long)), atol=1e-5)
 
 
 @pytest.fixture

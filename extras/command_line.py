@@ -5,18 +5,15 @@ import signal
 import sys
 from pathlib import Path
 from threading import Timer
-
 import torch
-
-from llama import UserError
-
+from llama import Llama
+from loading.files import UserError
+from tinymedusa import PlainDecoder, Stages
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line, as all others are."""
-
     def error(self, message):
         raise UserError(f"{message} (see --help)")
-
 
 def number(kind, least, most=float("inf")):
     """An argparse type: an int or float from `least` to `most`."""
@@ -31,14 +28,31 @@ def number(kind, least, most=float("inf")):
         return value
     return parse
 
-
 SEED = number(int, 0, 2 ** 62)
 
+threads = lambda text: text if text == "auto" else number(int, 1, 1024)(text)       # an argparse type, too
 
-def threads(text: str):
-    """An argparse type: a number of threads, or "auto"."""
-    return text if text == "auto" else number(int, 1, 1024)(text)
+def shard() -> tuple[int, int]:
+    """(rank, processes) as torchrun says it; alone (0, 1). Process r takes every item whose index is r modulo them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
+def set_threads(model: Llama, threads: int | str = "auto", rows: int = 1) -> None:
+    """torch's CPU threads: a number, or `auto`: 1 or all cores, whichever decodes `rows` rows faster here and now. On a
+    tiny model threads mostly wait for each other, ten times longer when anything else runs on the machine."""
+    if threads != "auto":
+        return torch.set_num_threads(threads)
+    on_cpu, torchrun = model.norm.weight.device.type == "cpu", shard()[1] > 1       # which has set them itself
+    if torchrun or not on_cpu or model.config.max_position_embeddings < 16:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    fastest = {}
+    for count in {1, cores}:
+        torch.set_num_threads(count)
+        clock = Stages("cpu")
+        for _ in PlainDecoder(model, eos=(), run=clock).generate([[0]] * rows, 7):
+            pass
+        fastest[count] = min(clock.seconds["base_inference"]) * (1 if count == 1 else 1.1)     # more must win clearly
+    torch.set_num_threads(min(fastest, key=fastest.get))
 
 def device(text: str) -> str:
     """An argparse type: a torch device that exists here."""
@@ -49,23 +63,21 @@ def device(text: str) -> str:
         reason = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"{text!r} can't be used here: {reason}") from error
 
-
 def command_line(main) -> None:
     """Runs a script: an input error is one line on stderr and status 2, Ctrl-C status 130, SIGTERM 143, a closed pipe
     the end. What was being written is taken away (`write_atomic`)."""
     def interrupt(number, frame):
-        asked.append(number)
+        received.append(number)
         if number == signal.SIGTERM:
-            signal.signal(number, signal.SIG_IGN)       # asked once is enough
+            signal.signal(number, signal.SIG_IGN)       # once is enough
             sys.exit(128 + number)
         raise KeyboardInterrupt
-
     def swallowed(error):                               # by a __del__, say, in which it came: once more
-        if not asked or not isinstance(error.exc_value, (KeyboardInterrupt, SystemExit)):
+        if not received or not isinstance(error.exc_value, (KeyboardInterrupt, SystemExit)):
             return sys.__unraisablehook__(error)
-        signal.signal(asked[-1], interrupt)
-        Timer(0.01, os.kill, (os.getpid(), asked[-1])).start()
-    before, asked, hook = {}, [], sys.unraisablehook
+        signal.signal(received[-1], interrupt)
+        Timer(0.01, os.kill, (os.getpid(), received[-1])).start()
+    before, received, hook = {}, [], sys.unraisablehook
     try:
         sys.unraisablehook = swallowed
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -78,9 +90,11 @@ def command_line(main) -> None:
         main()
         sys.stdout.flush()
     except BaseException as error:
-        if asked or isinstance(error, KeyboardInterrupt):       # safetensors makes an error of its own of a Ctrl-C
+        if received or isinstance(error, KeyboardInterrupt):       # safetensors makes an error of its own of a Ctrl-C
             print("stopped", file=sys.stderr)
-            sys.exit(128 + (asked or [signal.SIGINT])[-1])
+            sys.exit(128 + (received or [signal.SIGINT])[-1])
+        if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "allocate" in str(error):
+            error = UserError(f"not enough memory: smaller batches or fewer new tokens need less ({error})")
         if isinstance(error, BrokenPipeError):                  # else Python complains once more at its exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         elif isinstance(error, (UserError, OSError)):

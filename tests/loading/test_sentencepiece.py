@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, tiny_llama
 
-from formats import sentencepiece as ours
-from llama import LlamaConfig, Tokenizer, UserError
+from llama import LlamaConfig
+from loading import sentencepiece as ours
+from loading.files import UserError
+from loading.tokenizer import Tokenizer
 
 sys.path.append(str(ROOT / "benchmarks"))
 from tokenizer import HARD, differences, random_texts  # noqa: E402

@@ -2,10 +2,12 @@
 import faulthandler
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,9 +15,14 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import llama
-from llama import Llama, LlamaConfig, UserError
+from llama import Llama, LlamaConfig, attention_mask
+from loading.config import DTYPES, ROPE_NUMBERS, to_json
+from loading.documents import beside, document, read_tokens, write_tokens
+from loading.files import UserError
+from loading.tokenizer import Tokenizer
+from loading.trees import check_paths
 from tinymedusa import Tree
+from variants.heads import levels_of
 
 sys.path.append(str(ROOT / "benchmarks"))
 import fuzz  # noqa: E402
@@ -78,7 +85,7 @@ def two_lines(*args, **options):
     (nothing, "KeyError: 'weight'"), (memory, "times the healthy run's memory"), (forever, "no end after 1 s"),
     (too_much, "can't allocate memory"), (crash, "killed by SIGSEGV"), (two_lines, "not one short line on stderr")])
 def test_the_harness_sees(loader, says, healthy, reference, monkeypatch):
-    monkeypatch.setattr(llama.Llama, "from_pretrained", loader)
+    monkeypatch.setattr(Llama, "from_pretrained", loader)
     job = fuzz.job(1, healthy)
     (_, result), = fuzz.run([job], healthy, 1, timeout=1 if loader is forever else 20)
     verdict, why = fuzz.judge(job, result, reference)
@@ -97,6 +104,27 @@ def test_the_harness_sees_a_wrong_answer(healthy, reference):
     assert judged("config.json", parts({"margin": 1e-6})) == "near tie"
     refused = reference._replace(status=2, err="generate.py: no\n")
     assert fuzz.judge(fuzz.Job(0, "plain", "config.json", b"", True), refused, reference)[0] == "failure"
+
+
+def test_mutated_token_files_are_an_error_or_the_same_documents(healthy, tmp_path):
+    """One of the four files of a token file at a time; read in this process, as train_heads.py reads it."""
+    tokenizer = Tokenizer(healthy / "plain", LlamaConfig.from_pretrained(healthy / "plain"))
+    documents = [document(([1], False), (list(range(3 + n, 3 + 2 * n)), [n % 2] * n)) for n in range(1, 30)]
+    write_tokens(tmp_path / "a.bin", documents, tokenizer, 300, {"text": "a.txt", "limit": 29})
+    as_lists = lambda documents: [(d.ids.tolist(), d.loss.tolist(), d.starts.tolist()) for d in documents]
+    refused = 0
+    assert as_lists(read_tokens(tmp_path / "a.bin", tokenizer)) == as_lists(documents)
+    for seed in range(400):
+        rng, file = random.Random(seed), beside(tmp_path / "a.bin")[seed % 4]
+        whole = file.read_bytes()
+        as_json = file.suffix == ".json" and rng.random() < 0.8
+        file.write_bytes(fuzz.mutate_json(whole.decode(), rng).encode() if as_json else fuzz.mutate_bytes(whole, rng))
+        try:
+            assert as_lists(read_tokens(tmp_path / "a.bin", tokenizer)) == as_lists(documents), seed
+        except UserError:
+            refused += 1
+        file.write_bytes(whole)
+    assert 300 < refused < 400
 
 
 def test_a_seed_is_a_mutation(healthy):
@@ -122,41 +150,42 @@ def is_tree(paths) -> bool:
 
 
 @same_each_time
-@given(paths=closed | st.lists(some_path, max_size=5) | junk, sequential=st.booleans())
-def test_paths_are_a_tree_or_an_error(paths, sequential):
+@given(paths=closed | st.lists(some_path, max_size=5) | junk)
+def test_paths_are_a_tree_or_an_error(paths):
     try:
-        tree = Tree.from_paths(paths, 4, 5, sequential)
+        tree = Tree.from_paths(check_paths(paths, 4, 5))
     except UserError:
         assert not is_tree(paths)
         return
-    assert is_tree(paths) and tree.paths[0] == [] and sorted(tree.paths[1:]) == sorted(paths)
-    drafted = []
-    for level in tree.levels:
-        for head, slot, rank in zip(level.head.tolist(), level.slot.tolist(), level.rank.tolist(), strict=True):
-            drafted.append((level.first + head + 1, level.at[slot].tolist(), rank))
-            assert rank < level.ranks
+    assert is_tree(paths) and tree.paths[0] == () and sorted(tree.paths[1:]) == sorted(map(tuple, paths))
+    nodes, drafted = len(tree.paths), []
+    for depth, (way, slots, ranks, most) in enumerate(levels_of(tuple(tree.paths), tree.rank.device), 1):
+        for slot, rank in zip(slots.tolist(), ranks.tolist(), strict=True):
+            drafted.append((depth, way[slot].tolist(), rank))
+            assert rank < most
+    mask = attention_mask(torch.tensor([2]), tree.ancestors, 2 + nodes + 1)[0]      # behind two committed tokens
+    assert mask.shape == (nodes, nodes + 3) and mask[:, :2].all() and not mask[:, -1].any()
     for i, p in enumerate(tree.paths):
         assert tree.depth[i] == len(p) and tree.paths[tree.parent[i]] == p[:-1] and tree.parent[i] <= i
-        assert [tree.paths[j] for j in tree.path[i, :len(p) + 1]] == [p[:n] for n in range(len(p) + 1)]
-        assert all(j >= column for column, j in enumerate(tree.path[i].tolist()))
+        assert tree.rank[i] == (p[-1] if p else 0)
+        assert [tree.paths[j] for j in tree.retrieve[i, :len(p) + 1]] == [p[:n] for n in range(len(p) + 1)]
+        assert all(j >= column for column, j in enumerate(tree.retrieve[i].tolist()))
         for j, q in enumerate(tree.paths):
-            assert tree.ancestors[i, j] == (p[:len(q)] == q)
-            assert (tree.mask[i, 1 + j] == 0) == bool(tree.ancestors[i, j]) and \
-                tree.on_path[j, i] == (tree.ancestors[i, j] and j > 0)
-        if i:       # node i is guessed by the head of its depth, read at an ancestor, in the order of the nodes
-            depth, seen, rank = drafted[i - 1]
-            at = tree.paths[seen[-1]]
-            assert depth == len(p) and rank == p[-1] and at == p[:len(at)] and (not sequential or at == p[:-1])
+            assert tree.ancestors[i, j] == (p[:len(q)] == q) == mask[i, 2 + j]
+        if i:       # Hydra: node i is guessed by the head of its depth, read at its parent, in the order of the nodes
+            depth, way, rank = drafted[i - 1]
+            assert depth == len(p) and rank == p[-1] and [tree.paths[j] for j in way] == [p[:n] for n in range(len(p))]
+    assert len(drafted) == nodes - 1
 
 
 small = st.integers(1, 12)
 fields = {name: small | junk for name in LlamaConfig.__dataclass_fields__} | {
-    "dtype": st.sampled_from(list(llama.DTYPES)) | junk, "rms_norm_eps": st.floats(0, 1) | junk,
+    "dtype": st.sampled_from(DTYPES) | junk, "rms_norm_eps": st.floats(0, 1) | junk,
     "rope_theta": st.floats(1, 1e7) | junk, "model_type": st.sampled_from(["llama", "mistral"]) | junk,
     "attention_bias": st.booleans(), "mlp_bias": st.booleans(), "tie_word_embeddings": st.booleans() | junk,
     "rope_scaling": junk | st.fixed_dictionaries(
-        {"rope_type": st.sampled_from(list(llama.ROPE_NUMBERS)) | junk},
-        optional={number: st.floats(0.5, 8) | junk for number in llama.ROPE_NUMBERS["llama3"]}),
+        {"rope_type": st.sampled_from(list(ROPE_NUMBERS)) | junk},
+        optional={number: st.floats(0.5, 8) | junk for number in ROPE_NUMBERS["llama3"]}),
     "rope_parameters": junk, "hidden_act": st.just("silu") | junk, "torch_dtype": junk,
     "eos_token_id": st.lists(small) | small | junk}
 SMALL = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -173,4 +202,4 @@ def test_a_config_is_a_model_or_an_error(changes):
         return
     if all(getattr(config, name) <= 64 for name in (*SMALL, "head_dim")):
         assert Llama(config)(torch.tensor([[0]])).shape == (1, 1, config.hidden_size)
-        assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert LlamaConfig.from_dict(json.loads(json.dumps(to_json(asdict(config))))) == config

@@ -1,25 +1,18 @@
-"""SentencePiece's `tokenizer.model` → a `tokenizers` BPE that gives the same ids and the same text.
-
-The file is a protobuf, of which a dozen fields matter (sentencepiece_model.proto); its BPE joins, again and again, the
-neighbours whose join has the highest score. The `tokenizers` library does the same from an ordered list of merges.
-"""
+"""SentencePiece's `tokenizer.model`, a protobuf (sentencepiece_model.proto) → a `tokenizers` BPE that gives the same
+ids and text: its BPE joins neighbours, the join of the highest score first, as the library does by a list of merges."""
 import struct
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6     # the types of a piece
 MOST_KEYS, LONGEST_KEY = 500_000, 256   # of a table of characters, with their beginnings: the library's has 264,182
 LONGEST_PIECE = 1024        # characters; `merges` tries each place to split one. Trained with default settings: 16
-BPE = 2                                                                     # of the kinds of model
-
 
 def fields(data: bytes) -> dict[int, list]:
     """One protobuf message: field number → its values: int, bytes (text, messages) or 4 or 8 raw bytes (floats)."""
     found, at = defaultdict(list), 0
-
     def varint():
         nonlocal at
         value = shift = 0
@@ -30,7 +23,6 @@ def fields(data: bytes) -> dict[int, list]:
                 return value
             if shift >= 70:
                 raise ValueError("a number has more than ten bytes")
-
     while at < len(data):
         key = varint()
         number, wire = key >> 3, key & 7
@@ -46,13 +38,11 @@ def fields(data: bytes) -> dict[int, list]:
         at += size
     return found
 
-
 def merges(scores: dict[str, float], ids: dict[str, int]) -> list[tuple[str, str]]:
     """Every pair of pieces whose join is a piece, the join with the highest score first."""
     pairs = [(scores[piece], piece[:i], piece[i:]) for piece in scores for i in range(1, len(piece))
              if piece[:i] in scores and piece[i:] in scores]
     return [pair[1:] for pair in sorted(pairs, key=lambda p: (-p[0], ids[p[1]], ids[p[2]]))]
-
 
 def charsmap(data: bytes) -> dict[str, str]:
     """The characters, and sequences of them, that are replaced before all else: a Darts double array of their UTF-8,
@@ -78,14 +68,12 @@ def charsmap(data: bytes) -> dict[str, str]:
             waiting.append((longer, below))
     return found
 
-
 def replaced(table: dict[str, str]) -> Callable[[str], str]:
     """A function of a text: at each place the longest entry of the table is replaced by what it says."""
     sizes = defaultdict(set)
     for key in table:
         sizes[key[0]].add(len(key))
     sizes = {first: sorted(found, reverse=True) for first, found in sizes.items()}
-
     def replace(text: str) -> str:
         if sizes.keys().isdisjoint(text):
             return text
@@ -96,7 +84,6 @@ def replaced(table: dict[str, str]) -> Callable[[str], str]:
             at += size or 1
         return "".join(pieces)
     return replace
-
 
 def read(path) -> tuple[Tokenizer, Callable[[str], str]]:
     """The tokenizer, and what is to be done to a text before it is encoded (the library's own way to do that,
@@ -111,7 +98,7 @@ def read(path) -> tuple[Tokenizer, Callable[[str], str]]:
         table = charsmap(spec[2][0]) if spec.get(2, [b""])[0] else {}
     except (IndexError, UnicodeDecodeError, struct.error, AttributeError, TypeError) as error:
         raise ValueError(f"not a SentencePiece model: {error}") from error
-    if trainer.get(3, [1])[0] != BPE:
+    if trainer.get(3, [1])[0] != 2:         # of the kinds of model
         raise ValueError("its model is not BPE; only SentencePiece's BPE is supported")
     if {UNUSED, USER_DEFINED} & set(types) or trainer.get(24, [0])[0] or not spec.get(5, [1])[0]:
         raise ValueError("unused or user-defined pieces, spaces as suffixes or unescaped are not supported")

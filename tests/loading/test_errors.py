@@ -1,4 +1,5 @@
 """Every input error through the command line: one line that says what was wrong and what to do, status 2."""
+import hashlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_heads, tiny_llama
@@ -14,10 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 
-import llama
 import prepare_data
-from llama import Llama, UserError, read_json, write_json
-from tinymedusa import MedusaHeads, base_of
+from extras.command_line import command_line
+from llama import Llama, new_cache
+from loading import checkpoint, files
+from loading.documents import beside
+from loading.files import UserError, read_json, write_json
+from loading.heads import base_of
+from tinymedusa import MedusaHeads
+from variants.heads import load_heads, save
 
 
 def config(**change):
@@ -67,14 +74,14 @@ def edit(path, **change):
 # what is done to a good folder (300 entries, context 64, 3 heads), the arguments, and what the line must say
 def wrong_map(folder):
     """Heads that draft id 7 twice."""
-    tiny_heads(tiny_llama(dtype=torch.float32, vocab_size=300), 3, token_map=torch.tensor([7, 7, 9])).save(
-        folder / "medusa", "tiny")
+    model = tiny_llama(dtype=torch.float32, vocab_size=300)
+    save(folder / "medusa", tiny_heads(model, 3, token_map=torch.tensor([7, 7, 9])), model, "tiny")
 
 
 def float_map(folder):
     """Heads whose draft vocabulary is in floats."""
-    tiny_heads(tiny_llama(dtype=torch.float32, vocab_size=300), 3, token_map=torch.arange(9)).save(
-        folder / "medusa", "tiny")
+    model = tiny_llama(dtype=torch.float32, vocab_size=300)
+    save(folder / "medusa", tiny_heads(model, 3, token_map=torch.arange(9)), model, "tiny")
     tensors(lambda t: t.update({"token_map": t["token_map"].float()}), "medusa/model.safetensors")(folder)
 
 
@@ -171,7 +178,7 @@ CASES = {
     "kind of rope a list": (config(rope_scaling={"type": ["linear"]}), [], ["rope_scaling is ['linear'], only"]),
     "a novel": (config(dtype="x" * 20000), [], ["dtype is 'xxx", " [...] ", "bfloat16, float16"]),
     "no shards": (index(), [], ["weight_map must be an object of file names"]),
-    "tensor twice": (twice, [], ["model.norm.weight stands in", "a.safetensors and in", "which one is meant?"]),
+    "tensor twice": (twice, [], ["model.norm.weight is in", "a.safetensors and in", "which one is meant?"]),
     "integers": (tensors(lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)})), [],
                  ["model.norm.weight holds I32, expected floats"]),
     "8-bit floats": (tensors(lambda t: t.update({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)})), [],
@@ -251,6 +258,7 @@ CASES = {
     "seed": (None, ["--seed", "-1"], ["--seed: '-1' is not a whole number from 0"]),
     "not a number": (None, ["--top-k", "few"], ["--top-k: 'few' is not a whole number"]),
     "unknown option": (None, ["--tokens", "5"], ["unrecognized arguments: --tokens"]),
+    "compile": (None, ["--compile"], ["--compile is gone; --fast will come"]),
     "device": (None, ["--device", "warp"], ["--device: 'warp' can't be used here"]),
     "not UTF-8": (None, ["--prompt", "caf\udce9"], ["is not UTF-8 text"]),
     "newline in a name": (None, ["--model", "a\nb"], ["a b is not a folder"]),
@@ -317,7 +325,7 @@ def test_weights_that_are_no_numbers(file, value, tiny_folder, cli):
 def test_large_sums_are_no_large_numbers(tmp_path, capfd):
     """A half-precision sum may overflow where no number is odd."""
     model = tiny_llama(dtype=torch.float16)
-    model.norm.data.fill_(60000)
+    model.norm.weight.data.fill_(60000)
     model.save(tmp_path)
     Llama.from_pretrained(tmp_path)
     assert capfd.readouterr().err == ""
@@ -327,7 +335,7 @@ def test_heads_take_no_memory_before_they_are_checked(tiny_folder, monkeypatch):
     monkeypatch.setattr(MedusaHeads, "to_empty", lambda *a, **o: pytest.fail("memory was taken"))
     edit(tiny_folder / "medusa" / "config.json", medusa_recent=2 ** 19)
     with pytest.raises(UserError, match="expected .32, 16777216."):
-        MedusaHeads.from_pretrained(tiny_folder / "medusa", Llama.from_pretrained(tiny_folder))
+        load_heads(tiny_folder / "medusa", Llama.from_pretrained(tiny_folder))
 
 
 def test_nothing_but_our_line_about_a_pickle(tmp_path, monkeypatch):
@@ -338,7 +346,7 @@ def test_nothing_but_our_line_about_a_pickle(tmp_path, monkeypatch):
         raise IndexError("no such memo")
     monkeypatch.setattr(torch, "load", load)
     with warnings.catch_warnings(record=True) as seen, pytest.raises(UserError, match="IndexError: no such memo"):
-        llama.open_file(tmp_path / "a.bin", "model")
+        checkpoint.open_file(tmp_path / "a.bin", "model")
     assert seen == []
 
 
@@ -391,6 +399,72 @@ def test_train_heads(args, says, tiny_folder, tmp_path, cli, monkeypatch):
     assert status == 2 and out == "" and err.count("\n") == 1 and says in err and not Path("h").exists()
 
 
+def facts(**change):
+    return lambda path: edit(beside(path)[3], **change)
+
+
+def old_version(path):
+    """One file of entries, 2 * id + loss, and no others beside it."""
+    ids, loss, starts, _ = beside(path)
+    entries = np.fromfile(ids, np.uint16) * 2 + np.fromfile(loss, np.uint8)
+    entries.tofile(ids)
+    loss.unlink()
+    starts.unlink()
+    facts(sha256=hashlib.sha256(entries.tobytes()).hexdigest())(path)
+
+
+def suffix(name, change):
+    """FILE.loss or FILE.starts, changed as an array."""
+    def damage(path):
+        file, dtype = Path(f"{path}.{name}"), {"loss": np.uint8, "starts": np.uint64}[name]
+        np.array(change(np.fromfile(file, dtype)), dtype).tofile(file)
+    return damage
+
+
+# what is done to a good token file of three documents, and what the line must say
+TOKEN_FILES = {
+    "old": (old_version, "fine.bin.json: not a token file of this version: prepare it again"),
+    "no loss": (lambda path: Path(f"{path}.loss").unlink(), "fine.bin.json: not a token file of this version"),
+    "no starts": (lambda path: Path(f"{path}.starts").unlink(), "fine.bin.json: not a token file of this version"),
+    "no number of documents": (facts(documents=None), "fine.bin.json: not a token file of this version"),
+    "no hash": (facts(sha256=""), "fine.bin.json: not a token file of this version"),
+    "short": (lambda path: os.truncate(path, 20), "fine.bin has 20 bytes, fine.bin.json says "),
+    "loss short": (suffix("loss", lambda loss: loss[:-1]), "fine.bin.loss has "),
+    "loss long": (suffix("loss", lambda loss: [*loss, 1]), "fine.bin.loss has "),
+    "loss changed": (suffix("loss", lambda loss: 1 - loss), "fine.bin is not what fine.bin.json says"),
+    "starts short": (suffix("starts", lambda starts: starts[:2]), "fine.bin.starts has 16 bytes, fine.bin.json says"),
+    "starts long": (suffix("starts", lambda starts: [*starts, 20]), "fine.bin.starts has 32 bytes"),
+    "half a start": (lambda path: os.truncate(f"{path}.starts", 20), "fine.bin.starts has 20 bytes"),
+    "starts descend": (suffix("starts", lambda starts: starts[[0, 2, 1]]), "fine.bin is not what fine.bin.json says"),
+    "a start twice": (suffix("starts", lambda starts: starts[[0, 1, 1]]), "fine.bin is not what fine.bin.json says"),
+    "not from 0": (suffix("starts", lambda starts: [1, *starts[1:]]), "fine.bin is not what fine.bin.json says"),
+    "a start elsewhere": (suffix("starts", lambda starts: [0, starts[1] + 1, starts[2]]), "fine.bin is not what"),
+    "a start behind the end": (suffix("starts", lambda starts: [*starts[:2], 10 ** 6]), "fine.bin is not what"),
+    "a start beyond int64": (suffix("starts", lambda starts: [*starts[:2], 2 ** 64 - 1]), "fine.bin is not what"),
+    "more documents": (lambda path: (facts(documents=4)(path), suffix("starts", lambda starts: [*starts, len(
+        Path(f"{path}.loss").read_bytes())])(path)), "fine.bin is not what fine.bin.json says"),
+    "no documents": (lambda path: (facts(documents=0)(path), suffix("starts", lambda starts: [])(path)),
+                     "fine.bin.json: not a token file of this version"),
+    "another tokenizer": (lambda path: tokenizer(lambda t: t["added_tokens"].pop())(path.parent / "tiny"),
+                          "fine.bin was written with another tokenizer than "),
+}
+
+
+@pytest.mark.parametrize("case", TOKEN_FILES)
+def test_token_files(case, tiny_folder, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)       # threads need not be measured
+    damage, says = TOKEN_FILES[case]
+    separator = "\n<|endoftext|>\n"
+    Path("fine.txt").write_text(separator.join(("the dog ran", "a cat", "the bird sang a song")))
+    assert cli("prepare_data", "--model", tiny_folder, "--text", "fine.txt", "--out", "fine.bin")[0] == 0
+    assert read_json("fine.bin.json")["documents"] == 3
+    damage(tmp_path / "fine.bin")
+    status, out, err = cli("train_heads", "--model", tiny_folder, "--data", "fine.bin", "--out", "h")
+    assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("train_heads.py: "), err
+    assert says in err and "prepare it" in err and not Path("h").exists()
+
+
 def test_the_hub_code(monkeypatch, tmp_path):
     """The hub can't be reached in a test: its function is replaced, its errors are the library's own."""
     import huggingface_hub
@@ -405,15 +479,15 @@ def test_the_hub_code(monkeypatch, tmp_path):
             raise errors.LocalEntryNotFoundError("offline")
         return str(tmp_path / filename)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert llama.weight_files("some/model", "v1") == [tmp_path / "model.safetensors"]
+    assert checkpoint.weight_files("some/model", "v1") == [tmp_path / "model.safetensors"]
     assert calls == [("some/model", "model.safetensors.index.json", "v1"), ("some/model", "model.safetensors", "v1")]
-    assert llama.locate("some/model", "tokenizer.json", required=False) is None        # offline, optional
+    assert files.locate("some/model", "tokenizer.json", required=False) is None        # offline, optional
     with pytest.raises(UserError, match="the hub can't be reached"):
-        llama.locate("some/model", "tokenizer.json")
+        files.locate("some/model", "tokenizer.json")
     with pytest.raises(UserError, match="on the hub has no model.safetensors.index.json"):
-        llama.locate("some/model", "model.safetensors.index.json")
+        files.locate("some/model", "model.safetensors.index.json")
     with pytest.raises(UserError, match="not a folder: give a model folder or a hub id"):
-        llama.locate("nowhere", "config.json")
+        files.locate("nowhere", "config.json")
     args = prepare_data.arguments(["--tinystories", "--split", "validation", "--out", "a.bin"])
     (tmp_path / "TinyStoriesV2-GPT4-valid.txt").write_text("A dog.\n<|endoftext|>\nA cat.\n")
     assert list(prepare_data.source_items(args)) == ["A dog.", "A cat."]
@@ -424,7 +498,7 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     def save_half(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise error
-    monkeypatch.setattr(llama, "save_file", save_half)
+    monkeypatch.setattr(files, "save_file", save_half)
     for full in (OSError(28, "No space left"), SafetensorError("No space left")):      # the library raises its own
         error = full
         with pytest.raises(UserError, match="can't write .*model.safetensors: No space left"):
@@ -447,7 +521,16 @@ def test_a_real_process_has_status_2_and_no_traceback(tiny_folder):
     assert fine.returncode == 0 and json.loads(fine.stdout)["new_tokens"] > 0
 
 
-def test_no_memory_for_the_cache():
+def test_no_memory_for_the_cache(monkeypatch, capsys):
+    """Keys and values of 512 TB, and what numpy says of as much; a RuntimeError of another kind is a bug, not this."""
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
     model = tiny_llama()
-    with pytest.raises(UserError, match=r"no memory for the keys and values of 1000000000 x 1000 tokens, 512000.0 GB"):
-        llama.new_cache(model.config, 10 ** 9, 1000, like=model.norm)
+    for too_much in (lambda: new_cache(model.config, 10 ** 9, 1000, like=model.norm.weight),
+                     lambda: np.zeros(64 * 10 ** 12)):
+        with pytest.raises(SystemExit) as stop:
+            command_line(too_much)
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and out == "" and err.count("\n") == 1
+        assert err.startswith("generate.py: not enough memory: smaller batches or fewer new tokens need less (")
+    with pytest.raises(RuntimeError, match="must match"):
+        command_line(lambda: torch.zeros(2) + torch.zeros(3))

@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import MODEL, ROOT
 
-from llama import Llama, Tokenizer
+from llama import Llama
+from loading.tokenizer import Tokenizer
 
-NODE = re.compile(r"  ([* ]) ([│├└─ ]*)(.+?) +node (\d+)  (the base's own|head (\d+), guess (\d+)) +slot (\d+)  "
-                  r"position (\d+)  the base goes on with (.+)")
+NODE = re.compile(r"  ([* ]) ([│├└─ ]*)(.+?) +node (\d+)  (the base model|head (\d+), guess (\d+)) +slot (\d+)  "
+                  r"position (\d+)  the base model samples (.+)")
 
 
 def told(text):
@@ -28,7 +29,7 @@ def test_what_is_told_is_what_happens(more, cli):
     tokenizer = Tokenizer(MODEL, model.config)
     text, steps = tokenizer.encode(prompt), re.split(r"\nstep \d+: ", out)
     assert len(steps) == 7
-    new, accepted = [told(re.search(r"the base chooses (.+), the root", steps[0])[1])], []
+    new, accepted = [told(re.search(r"the base model samples (.+), the root", steps[0])[1])], []
     for step in steps[1:]:
         cached = len(text) + len(new) - 1                                        # all but the pending token
         ids = (text + result["token_ids"])[max(0, cached - 12):cached]

@@ -9,8 +9,12 @@ from conftest import MODEL, ROOT, tiny_heads, tiny_llama
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import pad_model  # noqa: E402
 
-from llama import Llama, Tokenizer, UserError  # noqa: E402
-from tinymedusa import KINDS, MedusaHeads, generate, load_tree  # noqa: E402
+from llama import Llama  # noqa: E402
+from loading.files import UserError  # noqa: E402
+from loading.heads import KINDS  # noqa: E402
+from loading.tokenizer import Tokenizer  # noqa: E402
+from tinymedusa import Decoder, PlainDecoder, Tree  # noqa: E402
+from variants.heads import load_heads  # noqa: E402
 
 WIDE = {"vocab_size": 30, "hidden_size": 80, "intermediate_size": 100, "num_hidden_layers": 4, "head_dim": 24,
         "num_attention_heads": 6, "num_key_value_heads": 3}
@@ -33,8 +37,8 @@ def test_hidden_states_logits_and_guesses(kind, options):
     recent = hidden[0].unfold(0, heads.recent, 1).transpose(1, 2)                # [n, R, H]
     wide_recent = wide_hidden[0].unfold(0, heads.recent, 1).transpose(1, 2)
     after = ids[0].unfold(0, 4, 1)[:len(recent)]
-    guesses = heads.all_logits(recent[:len(after)], after)
-    assert torch.allclose(wide_heads.all_logits(wide_recent[:len(after)], after), guesses, atol=2e-3)
+    guesses = heads(recent[:len(after)], after)
+    assert torch.allclose(wide_heads(wide_recent[:len(after)], after), guesses, atol=2e-3)
     assert guesses.std() > 0.1
 
 
@@ -45,10 +49,10 @@ def test_the_embedded_model_in_the_shape_of_tinyllama_v0(tmp_path):
     tokenizer = Tokenizer(tmp_path, wide.config)
     runs = []
     for model, folder in ((small, MODEL), (wide, tmp_path)):
-        heads = MedusaHeads.from_pretrained(folder / "medusa", model)
-        tree = heads.tree(load_tree(folder / "medusa", heads)[0].paths[1:])
-        for h, t in ((None, None), (heads, tree)):
-            runs.append(list(generate(model, [tokenizer.encode("One day, a little dog went")], 60, heads=h, tree=t)))
+        heads = load_heads(folder / "medusa", model)
+        tree = Tree.from_pretrained(folder / "medusa", heads)
+        for decoder in (PlainDecoder(model), Decoder(model, heads, tree)):
+            runs.append(list(decoder.generate([tokenizer.encode("One day, a little dog went")], 60)))
     plain, medusa, wide_plain, wide_medusa = runs
     assert wide_plain == plain and wide_medusa == medusa and len(medusa) < 0.5 * len(plain)
     config = json.loads((tmp_path / "medusa" / "config.json").read_text())

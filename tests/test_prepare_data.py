@@ -1,30 +1,24 @@
-"""Token files: what goes in comes out, nothing half-written passes; self-distilled text is the model's own."""
+"""prepare_data.py: texts and conversations become token files; self-distilled text is the model's own."""
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, byte_tokenizer, tiny_heads, tiny_llama
+import torch
+from conftest import ROOT, TESTS, byte_tokenizer, tiny_heads, tiny_llama
 
 import prepare_data
-from llama import LlamaConfig, Tokenizer, UserError
-from prepare_data import (
-    answered_anew,
-    continuations,
-    conversations,
-    entries,
-    opening,
-    read_tokens,
-    rendered,
-    texts,
-    tokenised,
-    write_tokens,
-)
-from tinymedusa import Sampling, generate, published_tree
+from llama import LlamaConfig
+from loading.documents import read_tokens, texts, write_tokens
+from loading.templates import SYSTEM
+from loading.tokenizer import Tokenizer
+from loading.trees import published_tree
+from prepare_data import answered_anew, continuations, opening, rendered, tokenised
+from tinymedusa import Decoder, PlainDecoder, Sampling, Tree
+from variants import batches
 
-SAMPLE = Path(__file__).parent / "sharegpt.json"        # of our own writing
+SAMPLE = TESTS / "sharegpt.json"        # of our own writing
 
 
 @pytest.fixture
@@ -36,28 +30,19 @@ def tokenizer(tmp_path):
 def test_text_to_tokens_and_back(tmp_path, tokenizer):
     stories = ["A dog.\nIt was happy.\n\nThe end.", "Once upon a time", "é ü 你好"]
     (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(["", *stories, "  \n "]), encoding="utf-8")
-    (tmp_path / "s.jsonl").write_text("\n".join(json.dumps({"text": s, "id": 3}) for s in [*stories, " "]) + "\n\n")
-    assert list(texts(tmp_path / "s.txt", "<|endoftext|>")) == stories
-    assert list(texts(tmp_path / "s.jsonl", "-")) == stories
-    facts = write_tokens(tmp_path / "s.bin", tokenised(iter(stories), tokenizer), tokenizer, 300, {"text": "s"})
+    found = texts(tmp_path / "s.txt", "<|endoftext|>")
+    facts = write_tokens(tmp_path / "s.bin", tokenised(found, tokenizer), tokenizer, 300, {"text": "s"})
     documents = read_tokens(tmp_path / "s.bin", tokenizer)
-    assert [tokenizer.decode(d // 4) for d in documents] == stories
-    assert all((d % 2).sum() == len(d) - 1 for d in documents)
-    assert all(d[0] == 6 and d[-1] // 4 == 2 and 1 not in d[1:] // 4 for d in documents)
+    assert [tokenizer.decode(d.ids) for d in documents] == stories
+    assert all(d.ids[0] == 1 and d.ids[-1] == 2 and 1 not in d.ids[1:] for d in documents)
+    assert all(d.loss.tolist() == [False] + [True] * (len(d) - 1) for d in documents)
     assert facts == json.loads((tmp_path / "s.bin.json").read_text()) and facts["dtype"] == "uint16"
     assert facts["documents"] == 3 and facts["tokens"] == sum(map(len, documents)) and facts["source"] == {"text": "s"}
-    two = [entries([1, 299, 2], True), entries([1, 4, 2], np.array([0, 1, 1]))]
-    facts = write_tokens(tmp_path / "wide.bin", two, tokenizer, 80000, {})
-    assert facts["dtype"] == "uint32" and (tmp_path / "wide.bin").stat().st_size == 4 * 6 and facts["loss_tokens"] == 5
-    assert [d.tolist() for d in read_tokens(tmp_path / "wide.bin", tokenizer)] == [[7, 1197, 9], [6, 17, 9]]
 
 
-def test_a_text_without_separators_comes_in_pieces(tmp_path, monkeypatch):
+def test_texts_are_encoded_in_batches_of_like_size(monkeypatch):
     monkeypatch.setattr(prepare_data, "BATCH", 50)
-    (tmp_path / "novel.txt").write_text("one line of it\n" * 20 + "x" * 170)
-    pieces = list(texts(tmp_path / "novel.txt", "<|endoftext|>"))
-    assert max(map(len, pieces)) <= 64 and "".join(pieces).replace("\n", "") == "one line of it" * 20 + "x" * 170
-    assert [len(b) for b in prepare_data.batches([30, 30, 60, 1, 1], lambda n: n)] == [2, 1, 2]
+    assert [len(b) for b in prepare_data.of_like_size([30, 30, 60, 1, 1], lambda n: n)] == [2, 1, 2]
 
 
 def test_special_tokens_in_a_text_are_text(tmp_path, tokenizer, cli, tiny_folder):
@@ -65,22 +50,15 @@ def test_special_tokens_in_a_text_are_text(tmp_path, tokenizer, cli, tiny_folder
     (tmp_path / "s.txt").write_text("a <s> b </s> c\n<|endoftext|>\nd")
     cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.txt", "--out", tmp_path / "s.bin")
     documents = read_tokens(tmp_path / "s.bin", Tokenizer(tiny_folder, LlamaConfig(vocab_size=300)))
-    assert [tokenizer.decode(d // 4) for d in documents] == ["a <s> b </s> c", "d"]
+    assert [tokenizer.decode(d.ids) for d in documents] == ["a <s> b </s> c", "d"]
 
 
 # --------------------------------------------------------------------------------------------------- conversations
 
-def test_conversations(tokenizer):
-    """In the sample: a leading gpt turn, an unanswered question at the end, turns out of order, one without a round."""
-    talks = list(conversations(SAMPLE))
-    assert [len(rounds) for rounds in talks] == [1, 2, 1, 1] and talks[0] == [["Who are you?", "A small model."]]
-    assert talks[1][1] == ["And of four?", "Sixteen."] and talks[2][0][0] == "Is a cat a dog?"
-
-
 def test_the_template_and_its_loss(tokenizer):
     """vicuna_v1.1 to the letter, and loss on the answers with their leading space and eos, on nothing else."""
     document, = rendered(iter([[["What is 2 squared?", "Four."], ["And of four?", "Sixteen <s>."]]]), tokenizer)
-    ids, loss = document // 4, document % 2 == 1
+    ids, loss = document.ids, document.loss
     system = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
               "detailed, and polite answers to the user's questions.")
     assert tokenizer.backend.decode(ids.tolist(), skip_special_tokens=False) == (
@@ -102,11 +80,11 @@ def test_the_originals_own_set(tiny_folder, tmp_path, cli):
                             tmp_path / "o.bin", *more)
     assert run("--limit", 2, "--first-words", 5)[0] == 0
     tokenizer = Tokenizer(tiny_folder, LlamaConfig(vocab_size=300))
-    decoded = [tokenizer.decode(d // 4) for d in read_tokens(tmp_path / "o.bin", tokenizer)]
+    decoded = [tokenizer.decode(d.ids) for d in read_tokens(tmp_path / "o.bin", tokenizer)]
     assert [d.partition("USER: ")[2] for d in decoded] == [
         "Once upon a time there ASSISTANT: Once upon a time there was a dog.", "The end ASSISTANT: The end"]
     assert run("--split", "validation")[0] == 0
-    assert [tokenizer.decode(d // 4) for d in read_tokens(tmp_path / "o.bin", tokenizer)] == ["A held out one"]
+    assert [tokenizer.decode(d.ids) for d in read_tokens(tmp_path / "o.bin", tokenizer)] == ["A held out one"]
 
 
 @pytest.mark.parametrize("name, text, says", [
@@ -124,25 +102,6 @@ def test_bad_sources_are_named(name, text, says, tiny_folder, tmp_path, cli):
     assert status == 2 and says in err and "Traceback" not in err and not out and not list(tmp_path.glob("*a.bin*"))
 
 
-def test_half_characters_and_odd_separators(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d b"}')
-    assert list(texts(tmp_path / "a.jsonl", "-")) == ["a \N{REPLACEMENT CHARACTER} b"]
-    (tmp_path / "a.json").write_text(
-        '[{"conversations": [{"from": "human", "value": "\\udc00"}, {"from": "gpt", "value": "b"}]}]')
-    assert list(conversations(tmp_path / "a.json")) == [[["\N{REPLACEMENT CHARACTER}", "b"]]]
-    (tmp_path / "a.txt").write_text("one\n --- \ntwo")
-    assert list(texts(tmp_path / "a.txt", " --- ")) == ["one", "two"]
-
-
-def test_documents_need_no_bos(tmp_path):
-    """A tokenizer without bos, texts cut without eos: the file itself says where a document starts."""
-    byte_tokenizer(tmp_path / "tokenizer.json")
-    tokenizer = Tokenizer(tmp_path, LlamaConfig(vocab_size=300, bos_token_id=None))
-    documents = [[5, 6, 7], [8, 2, 9, 2], [4]]
-    write_tokens(tmp_path / "a.bin", (entries(d, True) for d in documents), tokenizer, 300, {})
-    assert [(d // 4).tolist() for d in read_tokens(tmp_path / "a.bin", tokenizer)] == documents
-
-
 def test_splits_and_limits(tiny_folder, tmp_path, cli):
     (tmp_path / "s.jsonl").write_text("\n".join(json.dumps({"text": f"story {i}"}) for i in range(120)))
     tokenizer = Tokenizer(tiny_folder, LlamaConfig(vocab_size=300))
@@ -150,65 +109,28 @@ def test_splits_and_limits(tiny_folder, tmp_path, cli):
     def numbers(*more):
         assert cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "s.jsonl", "--out", tmp_path / "s.bin",
                    *more)[0] == 0
-        return [int(tokenizer.decode(d // 4).split()[1]) for d in read_tokens(tmp_path / "s.bin", tokenizer)]
+        return [int(tokenizer.decode(d.ids).split()[1]) for d in read_tokens(tmp_path / "s.bin", tokenizer)]
     assert numbers("--split", "validation") == [0, 50, 100] and numbers("--limit", 3) == [0, 1, 2]
     train = numbers("--split", "train")
     assert len(train) == 117 and not {0, 50, 100} & set(train)
 
 
-def test_an_interrupted_run_leaves_nothing_that_passes_for_whole(tmp_path, tokenizer, monkeypatch):
-    def documents():
-        yield entries([1, 5, 2], True)
-        raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt):
-        write_tokens(tmp_path / "a.bin", documents(), tokenizer, 300, {})
-    assert not list(tmp_path.glob("*a.bin*"))
-    write_tokens(tmp_path / "a.bin", [entries([1, 5, 2], True)], tokenizer, 300, {})
-    with pytest.raises(KeyboardInterrupt):                                       # the old file is still whole
-        write_tokens(tmp_path / "a.bin", documents(), tokenizer, 300, {})
-    assert len(read_tokens(tmp_path / "a.bin", tokenizer)) == 1
-    monkeypatch.setattr(prepare_data, "write_json", lambda *a: list(documents()))
-    with pytest.raises(KeyboardInterrupt):                                       # just before the JSON is written
-        write_tokens(tmp_path / "a.bin", [entries([1, 7, 2], True)], tokenizer, 300, {})
-    with pytest.raises(UserError, match="was the preparation of"):
-        read_tokens(tmp_path / "a.bin", tokenizer)
-
-
-def edit(path, **change):
-    facts = path.with_name("a.bin.json")
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | change))
-
-
-@pytest.mark.parametrize("damage, says", [
-    (lambda f: f.unlink(), "no token file"),
-    (lambda f: f.with_name("a.bin.json").unlink(), "was the preparation of"),
-    (lambda f: f.write_bytes(f.read_bytes()[:-2]), "has 4 bytes, a.bin.json says 6"),
-    (lambda f: f.with_name("a.bin.json").write_text('{"dtype": "uint16"}'), "not a token file of this version"),
-    (lambda f: edit(f, tokens=None), "not a token file of this version"),
-    (lambda f: f.write_bytes(b"\1\0\0\5\2\0"), "holds the id 320, the tokenizer only 300"),
-    (lambda f: f.write_bytes(b"\1\0\0\1\2\0"), "a.bin is not what a.bin.json says: prepare it again"),
-    (lambda f: byte_tokenizer(f.with_name("tokenizer.json"), 280), "written with another tokenizer"),
-])
-def test_damaged_files_are_refused(tmp_path, tokenizer, damage, says):
-    write_tokens(tmp_path / "a.bin", [entries([1, 5, 2], True)], tokenizer, 300, {})
-    damage(tmp_path / "a.bin")
-    with pytest.raises(UserError) as error:
-        read_tokens(tmp_path / "a.bin", tokenizer)
-    assert says in str(error.value)
-
-
-def test_nothing_to_write(tmp_path, tokenizer):
-    with pytest.raises(UserError, match="holds no text"):
-        write_tokens(tmp_path / "a.bin", [], tokenizer, 300, {})
-    assert not list(tmp_path.glob("*a.bin*"))
-
-
 # ------------------------------------------------------------------------------------------------ self-distillation
 
 def writer(model, temperature, heads=None, limit=30):
-    tree = heads and heads.tree(published_tree(heads.num_heads))
-    return lambda prompts, seeds: generate(model, prompts, limit, heads=heads, tree=tree, seeds=seeds,
-                                           sampling=Sampling(temperature))
+    decoder = PlainDecoder(model, Sampling(temperature))
+    if heads is not None:
+        decoder = Decoder(model, heads, Tree.from_paths(published_tree(len(heads))), Sampling(temperature))
+    return lambda prompts, seeds: batches.generate(decoder, prompts, limit, seeds)
+
+
+def written_alone(model, ids, temperature, seed, limit=30):
+    steps = PlainDecoder(model, Sampling(temperature)).generate([ids], limit, [seed])
+    return [t for step in steps for t in step[0]]
+
+
+def with_loss(document):
+    return list(zip(document.ids.tolist(), document.loss.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("temperature", [0, 0.9])
@@ -220,32 +142,32 @@ def test_self_distilled_text_is_what_each_opening_gives_alone(temperature, medus
     documents = list(continuations(openings, write, batch_size=2))
     alone = []
     for seed, o in openings.items():
-        new = [t for s in generate(model, [o], 30, sampling=Sampling(temperature), seeds=[seed]) for t in s[0]]
-        alone.append([4 * t for t in o] + [4 * t + 1 for t in new])              # what the model wrote carries loss
-    assert sorted(d.tolist() for d in documents) == sorted(alone)
+        new = written_alone(model, o, temperature, seed)
+        alone.append([(t, False) for t in o] + [(t, True) for t in new])         # what the model wrote carries loss
+    assert sorted(map(with_loss, documents)) == sorted(alone)
 
 
 def test_conversations_answered_anew(tokenizer):
     """Slow definition: one conversation at a time, each question behind the model's own earlier answers."""
-    model = tiny_llama(1, vocab_size=300, max_position_embeddings=700)
+    model = tiny_llama(8, vocab_size=300, max_position_embeddings=700)
     talks = {3: [["hi", "x"], ["and now?", "y"]], 4: [["a longer question", "z"]],
              9: [["q", "x"], ["r", "x"], ["s", "x"]]}
     documents = list(answered_anew(talks, tokenizer, writer(model, 1.0, limit=200), 2, 700))
     expected = []
     for seed, rounds in talks.items():
-        ids, loss = [1], [0]
+        ids, loss = [1], [False]
         for i, (ask, _) in enumerate(rounds):
-            text = (prepare_data.SYSTEM + " " if i == 0 else "") + f"USER: {ask} ASSISTANT:"
+            text = (SYSTEM + " " if i == 0 else "") + f"USER: {ask} ASSISTANT:"
             asked = tokenizer.backend.encode(text, add_special_tokens=False).ids
             if len(ids) + len(asked) >= 700:
                 break
-            new = [t for s in generate(model, [ids + asked], 200, sampling=Sampling(1.0), seeds=[seed]) for t in s[0]]
-            ids, loss = ids + asked + new, loss + [0] * len(asked) + [1] * len(new)
+            new = written_alone(model, ids + asked, 1.0, seed, 200)
+            ids, loss = ids + asked + new, loss + [False] * len(asked) + [True] * len(new)
             if new[-1] != 2:
                 break
-        expected.append([4 * i + m for i, m in zip(ids, loss, strict=True)])
-    assert [d.tolist() for d in documents] == expected and len(set(map(len, expected))) == 3
-    assert sum(d.count(9) for d in expected) >= 3                                # several answers ended with eos
+        expected.append(list(zip(ids, loss, strict=True)))
+    assert list(map(with_loss, documents)) == expected and len(set(map(len, expected))) == 3
+    assert sum(d.count((2, True)) for d in expected) >= 3                             # several answers ended with eos
 
 
 def test_openings_are_first_sentences():
@@ -263,7 +185,7 @@ def test_the_commands(tiny_folder, tmp_path, cli):
     def run(*more):
         status, out, err = cli("prepare_data", "--model", tiny_folder, "--out", tmp_path / "d" / "o.bin", *more)
         assert status == 0, err
-        return out, err, [tokenizer.decode(d // 4) for d in read_tokens(tmp_path / "d" / "o.bin", tokenizer)]
+        return out, err, [tokenizer.decode(d.ids) for d in read_tokens(tmp_path / "d" / "o.bin", tokenizer)]
     out, err, written = run("--openings", tmp_path / "openings.txt", "--max-new-tokens", 9, "--temperature", 1)
     assert "3 documents" in out and "100%" in err                                # the doubled opening counts once
     assert all(d.startswith(("the dog", "once upon", "a time")) for d in written)
@@ -272,7 +194,7 @@ def test_the_commands(tiny_folder, tmp_path, cli):
     assert len(written) == 3 and sum(d.startswith("the dog was happy.") for d in written) == 1
     facts = json.loads((tmp_path / "d" / "o.bin.json").read_text())
     assert facts["source"]["text"] == "stories.txt" and facts["source"]["distill"] and str(tmp_path) not in str(facts)
-    model = tiny_llama(vocab_size=300, max_position_embeddings=512, dtype=None)
+    model = tiny_llama(vocab_size=300, max_position_embeddings=512, dtype=torch.float32)
     model.save(tiny_folder)
     written = run("--sharegpt", SAMPLE, "--distill", "--max-new-tokens", 9)[2]
     assert len(written) == 4 and all("USER: " in d for d in written)
@@ -284,7 +206,7 @@ def test_several_processes_share_the_openings(tiny_folder, tmp_path, cli, monkey
     tokenizer = Tokenizer(tiny_folder, LlamaConfig(vocab_size=300))
     run = lambda out: cli("prepare_data", "--model", tiny_folder, "--openings", tmp_path / "o.txt", "--out",
                           tmp_path / out, "--max-new-tokens", 12, "--temperature", 1, "--batch-size", 1)
-    read = lambda name: [d.tolist() for d in read_tokens(tmp_path / name, tokenizer)]
+    read = lambda name: list(map(with_loss, read_tokens(tmp_path / name, tokenizer)))
     assert run("alone.bin")[0] == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):

@@ -1,0 +1,56 @@
+"""generate.py --compare: plain decoding and Medusa in turns, whether they agree, and how near a tie they part."""
+import torch
+from extras.report import printer
+from tinymedusa import Decoder, PlainDecoder, Sampling, gumbel_noise, perturbed, warp
+from variants.typical import Typical
+
+REPEATS = 3     # timed runs of each, in turns; the median is reported
+
+def compared(plain: PlainDecoder, medusa: Decoder, decode, ids: list, seed: int, prompt: str, args) -> dict:
+    """Medusa's result of `decode(decoder, emit)`, with plain decoding's as "baseline", and what they differ by."""
+    # once to read, which warms both up too, then in turns, so that what else the machine does hits both alike
+    decode(plain, printer(args, f"--- plain\n{prompt}"))
+    decode(medusa, printer(args, f"\n\n--- {'plain' if type(medusa) is PlainDecoder else 'medusa'}\n{prompt}"))
+    silent = lambda text, head: None
+    runs = [(decode(plain, silent), decode(medusa, silent)) for _ in range(REPEATS)]
+    baseline, result = (sorted(rs, key=lambda r: r["seconds"])[REPEATS // 2] for rs in zip(*runs, strict=True))
+    ours, theirs = result["token_ids"], baseline["token_ids"]
+    same = min(len(theirs), len(ours)) if args.max_steps else None
+    lossy = isinstance(medusa.accept, Typical) and args.temperature > 0
+    return result | {
+        "baseline": baseline, "identical": theirs[:same] == ours[:same],
+        "speedup": round(baseline["seconds"] / result["seconds"], 3),
+        "first_difference": None if lossy else first_difference(medusa.model, ids, ours, theirs, args, seed)}
+
+def first_difference(model, prompt: list, ours: list, plain: list, args, seed: int) -> dict | None:
+    """Where two outputs part, and how near the base model's sample was to another token there (0: a tie)."""
+    common = min(len(ours), len(plain))
+    position = next((i for i in range(common) if ours[i] != plain[i]), common)
+    if ours == plain or position == common and args.max_steps:      # with --max-steps one may simply be longer
+        return None
+    with torch.inference_mode():
+        ids = torch.tensor([prompt + plain[:position]], device=args.device)
+        logits = model.lm_head(model(ids)[0, -1])
+    noise = noise_at(seed, position, logits, args.sampling)
+    return {"position": position, "margin": margin(logits, noise, args.sampling)}
+
+def noise_at(seed: int, position: int, logits, sampling: Sampling):
+    """What `sample` adds at this position of a row's output: [V], None at temperature 0."""
+    if sampling.temperature == 0:
+        return None
+    seed, position = torch.tensor([seed], device=logits.device), torch.tensor([[position]], device=logits.device)
+    return gumbel_noise(seed, position, len(logits))[0, 0]
+
+def margin(logits, noise, sampling: Sampling) -> float:
+    """How near `sample` was to another token: logits [V] → the gap of the two best, with the noise at a temperature, or
+    the distance to the edge of the top-k (in logits / T) or of the nucleus (in probability), if that is smaller."""
+    best, second = perturbed(logits.double(), noise, sampling).topk(2).values.tolist()
+    margins = [best - second]
+    if sampling.temperature and 0 < sampling.top_k < len(logits):
+        edge = warp(logits.double(), Sampling(sampling.temperature)).topk(sampling.top_k + 1).values
+        margins.append((edge[-2] - edge[-1]).item())
+    if sampling.temperature and sampling.top_p < 1:
+        probs = warp(logits.double(), sampling._replace(top_p=1.0)).softmax(-1)
+        nucleus = probs.sort(descending=True).values.cumsum(-1)
+        margins.append((nucleus - sampling.top_p).abs().min().item())
+    return min(margins)

@@ -1,0 +1,141 @@
+"""What a training does besides learning: stop and resume, keep others out, several processes, files, reports."""
+import math
+import os
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+try:
+    import fcntl
+except ImportError:     # not on every system
+    fcntl = None
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from extras.command_line import shard
+from extras.forecast import grow_tree, joint_hits
+from llama import Llama
+from loading.checkpoint import TORCH_DTYPES
+from loading.files import UserError, locate, model_name, read_json, write_atomic, write_json
+from tinymedusa import MedusaHeads, Tree
+from variants.heads import save as save_heads
+
+def start_processes(args) -> None:
+    """Join the other processes that torchrun has started, if any; on GPUs each takes its own."""
+    if shard()[1] == 1:
+        return
+    cuda = args.device.startswith("cuda")
+    args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    except ValueError as error:
+        raise UserError(f"WORLD_SIZE is {shard()[1]}, but: {error}: start it with torchrun") from error
+
+def end_processes() -> None:
+    if dist.is_initialized():
+        dist.barrier()                 # none may leave while another still listens
+        dist.destroy_process_group()
+
+def all_reduce(*tensors: Tensor) -> None:
+    """Sums over the processes, in place."""
+    if dist.is_initialized():
+        for t in tensors:
+            dist.all_reduce(t)
+
+@contextmanager
+def claimed(folder):
+    """Keeps another training out of a folder; nothing is left of the lock when the process ends, however it does."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl and shard()[0] == 0:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"another training is writing to {folder}: give --out another folder") from None
+    finally:
+        os.close(handle)
+
+@contextmanager
+def interruptible():
+    """Ctrl-C and SIGTERM only fill the list that this yields: the training ends after the current step, not in it."""
+    received = []
+    before = {n: signal.signal(n, lambda n, _: received.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+def settings(args) -> dict:
+    """What a resumed training must share with the one it goes on with; of the data, the contents."""
+    free = ("resume", "eval", "json", "device", "out", "save_every", "log_every", "tree_nodes", "data")
+    digests = [read_json(f"{path}.json").get("sha256") for path in args.data]
+    return {k: v for k, v in vars(args).items() if k not in free} | {"data": digests, "processes": shard()[1]}
+
+def save_checkpoint(path, model, heads, optimizer, step: int, fixed: dict) -> None:
+    state = {"step": step, "heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "settings": fixed,
+             "threads": torch.get_num_threads(), "model": model.state_dict() if fixed["medusa_2"] else None}
+    write_atomic(path, lambda p: torch.save(state, p))
+
+def load_checkpoint(path, model, heads, optimizer, fixed: dict) -> int:
+    try:
+        state = torch.load(path, map_location=model.norm.weight.device, weights_only=True)
+        for key, value in fixed.items():
+            if state["settings"][key] != value:
+                raise UserError(f"{path} was trained with {key} {state['settings'][key]!r}, not {value!r}: "
+                                "resume with the same data and options")
+        heads.load_state_dict(state["heads"])
+        optimizer.load_state_dict(state["optimizer"])
+        if fixed["medusa_2"]:
+            model.load_state_dict(state["model"])
+        torch.set_num_threads(state["threads"])              # sums of another order would differ in the last bit
+        return state["step"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no checkpoint to resume from: train without --resume") from None
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # torch raises whatever unpickling and loading do
+        raise UserError(f"can't read {path}: {type(error).__name__} {error}") from error
+
+def metrics_of(step: int, figures: Tensor, weights: Tensor) -> dict:
+    """figures [3, K] (loss, top-1, top-5 of each head) → a line of metrics.jsonl. UserError: it has diverged."""
+    loss, top1, top5 = figures.tolist()
+    if not math.isfinite(sum(loss)):
+        raise UserError(f"the loss is no longer finite at step {step}: train again with a lower --lr")
+    return {"step": step, "loss": float(weights @ figures[0]), "head_loss": loss, "top1": top1, "top5": top5}
+
+def save_results(args, model: Llama, heads: MedusaHeads) -> Path:
+    """Writes heads, or with --medusa-2 the new base model in HF's layout with its tokenizer → the heads' folder. Heads
+    in the dtype that their base model is stored in; with --medusa-2 all in float32, lest small updates be lost."""
+    out = Path(args.out)
+    folder = out / "medusa" if args.medusa_2 else out
+    (folder / "tree.json").unlink(missing_ok=True)           # an older one does not fit
+    if not args.medusa_2:
+        save_heads(folder, heads, model, model_name(args.model), TORCH_DTYPES[model.config.dtype])
+        return folder
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
+        if file := locate(args.model, name, required=False):
+            write_atomic(out / name, lambda p, file=file: p.write_bytes(file.read_bytes()))
+    model.save(out, torch.float32)
+    save_heads(folder, heads, model, model_name(out), torch.float32)
+    return folder
+
+def save_tree(folder: Path, ranks: list, own: list, nodes: int) -> Tree:
+    paths = grow_tree(joint_hits(ranks), nodes)
+    write_json(folder / "tree.json", {"paths": paths, "source": f"joint hits at {sum(map(len, own))} held-out places "
+                                      "of the heads' own data"})
+    return Tree.from_paths(paths)
+
+def report(result: dict) -> str:
+    lines = [f"{result['out']}: {result['kind']}, {result['parameters']} parameters; {result['documents']} documents",
+             f"base model: {result['base_loss']} nats per token",
+             "top: share of the tokens to learn among the head's first 1, 2, .. 10 guesses",
+             "head   loss  " + "".join(f"{f'top-{r}':>7}" for r in range(1, 11))]
+    lines += [f"{k:>4}{loss:>7.3f}  " + "".join(f"{v:>7.3f}" for v in top)
+              for k, (loss, top) in enumerate(zip(result["head_loss"], result["top"], strict=True), 1)]
+    found = result["acceptance"]
+    lines += [f"tree of {found['nodes']} nodes, root included: {found['tokens_per_step']} tokens per step",
+              "  = new tokens behind the first / steps, had the model written these very documents (prompts given)",
+              "steps that accept at least 0, 1, .. drafts: " + " ".join(f"{v:.3f}" for v in found["depth_reach"]),
+              "steps that accept the node: " + "  ".join(f"[{n}] {v:.3f}" for n, v in found["node_reach"].items())]
+    return "\n".join(lines)

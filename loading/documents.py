@@ -1,0 +1,190 @@
+"""What is trained on: texts, JSON lines, conversations, and the token files made of them.
+
+A token file FILE is what nanoGPT's readers expect, the ids of all documents one behind the other as uint16 or uint32.
+Beside it: FILE.loss, a byte per token, 1 where heads learn the token, 0 where it is a prompt or bos; FILE.starts, a
+uint64 per document, where it begins; FILE.json, hashes, counts and source, written last: without it nothing is whole.
+"""
+import hashlib
+import json
+from itertools import chain
+from pathlib import Path
+import numpy as np
+from loading.files import UserError, read_json, replacing, write_json
+
+BATCH = 2 ** 20         # characters tokenised at once, and the length at which a document is cut
+HELD_OUT = 50           # every 50th document of a source without splits of its own is its validation split
+
+class Document:
+    """The ids of a document, or of several; which tokens carry loss; which begin a document. All of one length."""
+    def __init__(self, ids, loss, starts=None):
+        self.ids, self.loss = np.asarray(ids), np.broadcast_to(np.asarray(loss, bool), len(ids))
+        self.starts = np.arange(len(ids)) == 0 if starts is None else starts
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> "Document":
+        return Document(self.ids[part], self.loss[part], self.starts[part])
+
+    @classmethod
+    def joined(cls, documents: list) -> "Document":
+        return cls(*(np.concatenate([getattr(d, name) for d in documents]) for name in ("ids", "loss", "starts")))
+
+def document(*parts) -> Document:
+    """One document of parts (ids, loss): loss is one value for all of them or one for each."""
+    loss = [np.broadcast_to(np.asarray(loss, bool), len(ids)) for ids, loss in parts]
+    return Document(np.concatenate([np.asarray(ids, np.int64) for ids, _ in parts]), np.concatenate(loss))
+
+def beside(path) -> tuple[Path, Path, Path, Path]:
+    return tuple(Path(f"{path}{suffix}") for suffix in ("", ".loss", ".starts", ".json"))
+
+def write_tokens(path, documents, tokenizer, vocab_size: int, source: dict) -> dict:
+    """Stream documents to `path` and the files beside it, under temporary names until whole → the facts."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: --out names a file")
+    dtype = np.uint16 if vocab_size <= 2 ** 16 else np.uint32
+    counts, digest = {"documents": 0, "tokens": 0, "loss_tokens": 0}, hashlib.sha256()
+    *files, facts = beside(path)
+    with replacing(*files) as temporary:
+        with open(temporary[0], "wb") as ids, open(temporary[1], "wb") as loss, open(temporary[2], "wb") as starts:
+            for document in filter(len, documents):         # an empty one would begin where the next one does
+                written = document.ids.astype(dtype).tobytes(), document.loss.astype(np.uint8).tobytes()
+                ids.write(written[0])
+                loss.write(written[1])
+                starts.write(np.uint64(counts["tokens"]).tobytes())
+                digest.update(b"".join(written))
+                counts["documents"] += 1
+                counts["tokens"] += len(document)
+                counts["loss_tokens"] += int(document.loss.sum())
+        if not counts["loss_tokens"]:
+            raise UserError(f"{path}: nothing to write, the source holds no text")
+        facts.unlink(missing_ok=True)          # from here to write_json there is no whole token file
+    data = {"dtype": np.dtype(dtype).name, **counts, "sha256": digest.hexdigest(),
+            "tokenizer_sha256": tokenizer.sha256(), "source": source}
+    write_json(facts, data)
+    return data
+
+def read_tokens(path, tokenizer) -> list[Document]:
+    """The documents of a token file, as views of the mapped files. Raises UserError: no such file, not whole, damaged,
+    of an older version, or written with another tokenizer."""
+    path, loss_file, starts_file, facts = beside(path)
+    if not path.is_file():
+        raise UserError(f"no token file {path}: make one with prepare_data.py")
+    if not facts.is_file():
+        raise UserError(f"{facts} is missing: was the preparation of {path} interrupted? Run prepare_data.py again")
+    data = read_json(facts)
+    tokens, documents = (data.get(key) if type(data.get(key)) is int else 0 for key in ("tokens", "documents"))
+    if data.get("dtype") not in ("uint16", "uint32") or not data.get("sha256") or not tokens or not documents \
+            or not loss_file.is_file() or not starts_file.is_file():
+        raise UserError(f"{facts}: not a token file of this version: prepare it again")
+    if data.get("tokenizer_sha256") != tokenizer.sha256():
+        raise UserError(f"{path} was written with another tokenizer than {tokenizer.path}: prepare it for this model")
+    for file, number, dtype in ((path, tokens, data["dtype"]), (loss_file, tokens, "uint8"),
+                                (starts_file, documents, "uint64")):
+        expected, size = number * np.dtype(dtype).itemsize, file.stat().st_size
+        if size != expected:
+            raise UserError(f"{file} has {size} bytes, {facts.name} says {expected}: prepare it again")
+    ids, loss = np.memmap(path, data["dtype"], "r"), np.memmap(loss_file, "uint8", "r")
+    if ids.max() >= tokenizer.size:
+        raise UserError(f"{path} holds the id {ids.max()}, the tokenizer only {tokenizer.size}: prepare it again")
+    starts = np.fromfile(starts_file, np.uint64).tolist()
+    spans, digest = list(zip(starts, [*starts[1:], tokens], strict=True)), hashlib.sha256()
+    if starts[0] == 0 and all(begin < end for begin, end in spans):
+        for begin, end in spans:
+            digest.update(ids[begin:end].tobytes() + loss[begin:end].tobytes())
+    if digest.hexdigest() != data["sha256"]:        # two runs that wrote it at once, for one
+        raise UserError(f"{path} is not what {facts.name} says: prepare it again")
+    return [Document(ids[begin:end], loss[begin:end]) for begin, end in spans]
+
+def read_lines(path):
+    """The lines of a UTF-8 text file, streamed."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            yield from file
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+
+def json_lines(path):
+    """(place, value) for each line of a JSONL file, or each item of a JSON file that is one list."""
+    if Path(path).suffix == ".jsonl":
+        lines = ((f"{path}, line {i}", line) for i, line in enumerate(read_lines(path), 1) if line.strip())
+    else:
+        lines = [(str(path), "".join(read_lines(path)))]
+    for place, line in lines:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place} is not valid JSON: {error}") from error
+        if isinstance(value, list):
+            yield from ((f"{path}, item {i}", item) for i, item in enumerate(value))
+        else:
+            yield place, value
+
+def mended(text: str) -> str:
+    """Without half a character, which JSON may hold where a text was cut: it is replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+def texts(path, separator: str):
+    """The texts of a file, streamed, stripped, empty ones skipped; one longer than BATCH characters comes in pieces. A
+    .jsonl file has a "text" in each line; in any other the texts are between lines that hold only the separator."""
+    if Path(path).suffix == ".json":
+        raise UserError(f"{path}: texts are read from a plain file or a .jsonl; give conversations to --sharegpt")
+    found = text_fields(path) if Path(path).suffix == ".jsonl" else texts_between(path, separator.strip())
+    for text in found:
+        if text := mended(text).strip():
+            yield from (text[i:i + BATCH] for i in range(0, len(text), BATCH))
+
+def texts_between(path, separator: str):
+    lines, size = [], 0
+    for line in chain(read_lines(path), [separator]):
+        if line.strip() != separator:
+            lines.append(line)
+            size += len(line)
+        if line.strip() == separator or size > BATCH:
+            yield "".join(lines)
+            lines, size = [], 0
+
+def text_fields(path):
+    for place, value in json_lines(path):
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise UserError(f'{place}: expected an object with a "text"')
+        yield value["text"]
+
+def conversations(path):
+    """ShareGPT → conversations as lists of rounds [human, answer], stripped, those without one skipped. What precedes
+    the first human turn is dropped, as is everything from the first turn on that is out of turn or empty."""
+    for place, item in json_lines(path):
+        turns = item.get("conversations") if isinstance(item, dict) else None
+        if not isinstance(turns, list) or not all(
+                isinstance(t, dict) and isinstance(t.get("from"), str) and isinstance(t.get("value"), str)
+                for t in turns):
+            raise UserError(f'{place}: expected {{"conversations": [{{"from": .., "value": ..}}, ..]}} as in ShareGPT')
+        turns = [(t["from"], mended(t["value"]).strip()) for t in turns]
+        while turns and turns[0][0] != "human":
+            turns.pop(0)
+        rounds = []
+        for (role, message), (other, answer) in zip(turns[::2], turns[1::2], strict=False):
+            if (role, other) != ("human", "gpt") or not message or not answer:
+                break
+            rounds.append([message, answer])
+        if rounds:
+            yield rounds
+
+def openings_of(path) -> list[str]:
+    """The lines of a file, stripped, each once."""
+    return list(dict.fromkeys(line.strip() for line in read_lines(path) if line.strip()))
+
+def prompts_of(path) -> list[str]:
+    """The prompts of a file: its lines that are not empty; of a .jsonl a string or an object with "prompt" a line."""
+    if Path(path).suffix != ".jsonl":
+        found = [(path, line.rstrip("\r\n")) for line in read_lines(path) if line.strip()]
+    else:
+        found = [(place, v.get("prompt") if isinstance(v, dict) else v) for place, v in json_lines(path)]
+    for place, prompt in found:
+        if not isinstance(prompt, str):
+            raise UserError(f'{place}: expected a string or an object with a "prompt"')
+    if not found:
+        raise UserError(f"{path} holds no prompt: write one a line")
+    return [mended(prompt) for _, prompt in found]

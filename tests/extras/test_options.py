@@ -1,0 +1,163 @@
+"""Every option of generate.py with plain decoding and each kind of heads, in full precision and in int8: it works, or
+it is refused in one line."""
+import json
+from itertools import chain
+
+import pytest
+import torch
+from conftest import byte_tokenizer, save_heads, tiny_heads, tiny_llama
+
+import generate
+from extras.command_line import ArgumentParser
+from extras.options import APART
+from loading.heads import KINDS
+
+# every option → the arguments to try it with (in int8 the first of them); {} is the folder where everything is
+TRIED = {
+    "--model": ["--model {}"],
+    "--heads": ["--heads none", "--heads {}/root", "--heads {}/nowhere"],
+    "--revision": ["--revision main"],
+    "--prompt": ["--prompt once", "--prompt dog --prompt cat"],
+    "--prompts-file": ["--prompts-file {}/p.txt --temperature 0.9 --profile"],
+    "--batch-size": ["--batch-size 2 --prompts-file {}/p.txt", "--batch-size 2"],
+    "--max-new-tokens": ["--max-new-tokens 2", "--max-new-tokens 1"],
+    "--max-steps": ["--max-steps 2"],
+    "--temperature": ["--temperature 0.9"],
+    "--acceptance": ["--acceptance match --temperature 2", "--acceptance typical"],
+    "--epsilon": ["--temperature 3 --acceptance typical --epsilon 1e-9"],
+    "--delta": ["--temperature 3 --acceptance typical --delta 1e-9"],
+    "--top-k": ["--top-k 5 --temperature 2"],
+    "--top-p": ["--top-p 0.5 --temperature 2"],
+    "--seed": ["--seed 7 --temperature 2"],
+    "--tune": ["--tune {}/o.txt --tree {}/tuned.json", "--tune {}/o.txt --tree {}/tuned.json --batch-size 2"],
+    "--tree": ["--tree [[0],[1],[0,0]]", "--tree []", "--tree {}/nowhere.json"],
+    "--dtype": ["--dtype bfloat16", "--dtype float64", "--dtype float32", "--dtype float16"],
+    "--quantize": ["--quantize int8"],
+    "--device": ["--device cpu", "--device nowhere"],
+    "--threads": ["--threads auto"],
+    "--compile": ["--compile"],
+    "--compare": ["--compare"],
+    "--profile": ["--profile"],
+    "--explain": ["--explain 2", "--explain 2 --temperature 0.9"],
+    "--trace": ["--trace {}/trace.json"],
+    "--show-accepted": ["--show-accepted"],
+    "--interactive": ["--interactive", "--interactive --temperature 0.9 --template vicuna --profile"],
+    "--multiline": ["--multiline --interactive"],
+    "--template": ["--template vicuna", "--template plain"],
+    "--system": ["--system S --template vicuna", "--system S"],
+    "--json": ["--json"],
+}
+REFUSED = {
+    "--heads {}/nowhere": "nowhere is not a folder", "--batch-size 2": "--batch-size needs --prompts-file (or --tune)",
+    "--device nowhere": "--device: 'nowhere' can't be used here", "--compile": "--compile is gone; --fast will come",
+    "--system S": "--system needs a chat model", "--tree {}/nowhere.json": "can't read the tree"}
+PLAIN_REFUSED = {
+    **dict.fromkeys(TRIED["--tree"] + TRIED["--tune"], "needs heads: give --heads FOLDER"),
+    **dict.fromkeys(TRIED["--explain"], "--explain shows trees, and this is plain decoding: give --heads")}
+ROUNDED = ("--dtype bfloat16", "--dtype float16")       # where a tree's logits differ from a single token's
+MEDUSA = {"init", "medusa", "tree", "posterior", "update"}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A model, heads of every kind for it, the files of `TRIED`, and constants by which all of it is quick."""
+    model = tiny_llama(dtype=torch.float32, std=0.3, tie_word_embeddings=True, vocab_size=300,
+                       max_position_embeddings=256)
+    model.save(tmp_path)
+    byte_tokenizer(tmp_path / "tokenizer.json")
+    for kind in KINDS:
+        save_heads(tiny_heads(model, 3, noise=0.05, kind=kind), tmp_path / kind, model)
+    (tmp_path / "p.txt").write_text("dog\nonce\na cat\n")
+    (tmp_path / "o.txt").write_text("\n".join(f"the dog{' x' * i}" for i in range(8)))
+    for name, value in (("tune.ROUNDS", 1), ("tune.STEPS", 2), ("tune.NODES", (2, 4)), ("compare.REPEATS", 1)):
+        monkeypatch.setattr(f"extras.{name}", value)
+    return tmp_path
+
+
+def one_message():
+    """What input() returns: a line, then no more. With --multiline too that is one message."""
+    lines = iter(["the dog"])
+
+    def typing(label=""):
+        for line in lines:
+            return line
+        raise EOFError
+    return typing
+
+
+def written(arguments: str, out: str, medusa: bool):
+    """What has been written, to compare with plain decoding; and all that an option is to show is there."""
+    if "--interactive" in arguments:
+        assert out.endswith("exit...\n") and out.count(" tokens/step]\n") == 1
+        return out.partition("\n[")[0]
+    if "--explain" in arguments:
+        assert "\nstep 2: the cache holds " in out and "\nstep 3" not in out
+        return None
+    results = [json.loads(line) for line in out.splitlines()]
+    if "--tune" in arguments:
+        assert [r["mode"] for r in results] == ["cpu batch 2" if "--batch-size" in arguments else "cpu"]
+        return None
+    for result in results:
+        assert ("tree" in result) == medusa
+        if "--profile" in arguments and "--prompts-file" not in arguments:
+            assert set(result["stages"]) == (MEDUSA if medusa else {"init", "base_inference"})
+        assert ("baseline" in result) == ("--compare" in arguments) and result.get("identical", True)
+    return [(r["prompt"], r["token_ids"], r["text"]) for r in results]
+
+
+@pytest.mark.parametrize("quantize", [[], ["--quantize", "int8"]], ids=["full precision", "int8"])
+def test_every_option_works_or_is_refused_in_one_line(quantize, folder, cli, monkeypatch):
+    plain = {}                                          # arguments → what plain decoding writes
+    for heads in ("none", *KINDS):
+        for arguments in chain.from_iterable(some[:1] if quantize else some for some in TRIED.values()):
+            monkeypatch.setattr("builtins.input", one_message())
+            at_first = ["--model", folder, "--heads", heads if heads == "none" else folder / heads, "--threads", 1,
+                        "--max-new-tokens", 6, *quantize]
+            if not {"--interactive", "--explain"} & set(arguments.split()):
+                at_first.append("--json")
+            status, out, err = cli("generate", *at_first, *arguments.format(*[folder] * 2).split())
+            case = f"{heads} {arguments}: {err}"
+            refused = (PLAIN_REFUSED if heads == "none" else {}).get(arguments) or REFUSED.get(arguments)
+            if refused:
+                assert (status, out, err.count("\n")) == (2, "", 1) and refused in err, case
+                continue
+            assert status == 0 and "Traceback" not in err, case
+            medusa = "/root" in arguments or heads != "none" and "--heads none" not in arguments
+            texts = written(arguments, out, medusa)
+            if heads == "none":
+                plain[arguments] = texts
+            elif "typical" in arguments and "--temperature" in arguments:       # which draws nothing
+                assert texts != plain[arguments], case
+            elif texts and arguments not in ROUNDED and "--max-steps" not in arguments:
+                assert texts == plain.get(arguments, plain["--json"]), case     # a tree is refused without heads
+
+
+def options_of_the_parser(monkeypatch) -> list:
+    parsers = []
+    monkeypatch.setattr(generate, "ArgumentParser", lambda **k: parsers.append(ArgumentParser(**k)) or parsers[-1])
+    generate.arguments([])
+    parser, = parsers
+    return [action.option_strings[-1] for action in parser._actions]
+
+
+def test_every_option_is_tried(monkeypatch):
+    """So that a new one is listed here."""
+    assert sorted(options_of_the_parser(monkeypatch)) == sorted(["--help", *TRIED])
+    for option, some in TRIED.items():
+        assert some and all(option in arguments.split() for arguments in some)
+
+
+def test_options_that_make_no_sense_together(folder, cli):
+    for option, others in APART.items():
+        for other in others.split():
+            one, two = (TRIED[name][0].format(*[folder] * 2).split() for name in (option, other))
+            status, out, err = cli("generate", "--model", folder, "--heads", folder / "root", *one, *two)
+            assert (status, out, err.count("\n")) == (2, "", 1), (option, other, err)
+            assert " does not go with " in err and option in err and other in err
+
+
+@pytest.mark.parametrize("more", [[], ["--heads", "none"], ["--prompts-file", "p.txt"], ["--interactive"]], ids=str)
+def test_compile_is_refused_and_says_what_comes_instead(more, tiny_folder, cli):
+    status, out, err = cli("generate", "--model", tiny_folder, "--compile", *more)
+    assert (status, out) == (2, "") and err == \
+        "generate.py: --compile is gone; --fast will come with the native step: leave --compile out\n"

@@ -1,0 +1,135 @@
+"""generate.py --tune: its forecast is what decoding then does, and each mode of a machine has its own tree."""
+import json
+
+import pytest
+import torch
+from conftest import MODEL, save_heads, tiny_heads, tiny_llama
+
+import generate
+from llama import Llama
+from loading.files import write_json
+from loading.heads import KINDS
+from loading.trees import parse_tree
+
+
+def run_json(cli, *args):
+    status, out, err = cli("generate", "--json", *args)
+    assert status == 0 and "Traceback" not in err, err
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def with_good_heads(folder, kind="medusa"):
+    """A model that often repeats a token, so that heads which repeat the base model are often right."""
+    model = tiny_llama(dtype=torch.float32, std=0.3, tie_word_embeddings=True, vocab_size=300,
+                       max_position_embeddings=64)
+    model.save(folder)
+    save_heads(tiny_heads(model, 3, kind=kind, noise=0.05), folder / "medusa", model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tune_forecasts_what_decoding_then_does(kind, tiny_folder, tmp_path, cli, monkeypatch):
+    """Every second text forecasts the tree's tokens per step: decoding those openings must give that very figure.
+
+    Times are made up, so that the choice is known: a node costs a hundredth of a plain step, then a whole one.
+    """
+    def a_node_costs(price):
+        monkeypatch.setattr("extras.tune.step_seconds", lambda model, heads, trees, ids, args: [
+            0.001 * (1 if tree is None else 1 + price * len(tree.paths)) for tree in trees])
+    a_node_costs(0.01)
+    with_good_heads(tiny_folder, kind)
+    openings = [f"the dog{' x' * i}" for i in range(12)]
+    (tmp_path / "o.txt").write_text("\n".join(openings))
+    status, out, err = cli("generate", "--model", tiny_folder, "--tune", tmp_path / "o.txt", "--max-new-tokens", 30,
+                           "--threads", 1)
+    written = json.loads((tiny_folder / "medusa" / "tree.json").read_text())
+    tuned = written["modes"]["cpu"]
+    assert written["paths"] == tuned["paths"] and status == 0, err
+    assert "<- best" in out and "root" in out and "plain decoding" in out
+    best = max(tuned["candidates"], key=lambda c: c["tokens_per_second"])
+    assert best == tuned["chosen"] and best["nodes"] == len(tuned["paths"]) + 1 and best["depth"] == 3
+    assert best["tokens_per_second"] == pytest.approx(1000 * best["tokens_per_step"] / best["step_ms"], rel=1e-2)
+    assert len(tuned["hits"]) == len(tuned["paths"]) and all(0 < share < 1 for share in tuned["hits"])
+    assert {2, 3, 4, 6, 8} <= {c["nodes"] for c in tuned["candidates"]}
+    arguments = [a for o in openings[1::2] for a in ("--prompt", o)]             # shortest first, every second one
+    results = run_json(cli, "--model", tiny_folder, *arguments, "--max-new-tokens", 30)
+    new, steps = (sum(r[key] for r in results) for key in ("new_tokens", "steps"))
+    assert (new - len(results)) / steps == pytest.approx(best["tokens_per_step"], abs=1e-4)
+    cost = f"a step of {best['nodes']} nodes costs {1 + 0.01 * best['nodes']:.2f} plain steps and yields " \
+        f"{best['tokens_per_step']:.2f} tokens"
+    where = tiny_folder / "medusa" / "tree.json"
+    assert results[0]["tree"] == f"{best['nodes']} nodes, {where}: tuned for cpu: {cost}"
+    result, = run_json(cli, "--model", tiny_folder, "--tune", tmp_path / "o.txt", "--tree", tmp_path / "t.json",
+                       "--max-new-tokens", 30, "--temperature", 0.5)
+    assert result["tree"] == str(tmp_path / "t.json") and json.loads((tmp_path / "t.json").read_text())["paths"]
+    a_node_costs(1.0)                                                            # no tree yields a token a node
+    assert "plain decoding is faster on cpu" in cli("generate", "--model", tiny_folder, "--tune", tmp_path / "o.txt",
+                                                    "--max-new-tokens", 30, "--threads", 1)[1]
+    args = ["--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 30, "--profile"]
+    result, = run_json(cli, *args)
+    assert set(result["stages"]) == {"init", "base_inference"} and result["tokens_per_step"] == 1
+    assert result["tree"].startswith(f"1 nodes, {where}: plain decoding is faster on cpu: a step of 2 nodes costs 3.00")
+    forced, = run_json(cli, *args, "--tree", "[[0], [1]]")
+    assert "tree" in forced["stages"] and forced["token_ids"] == result["token_ids"]
+
+
+def test_the_tree_that_was_tuned_for_so_many_rows(tiny_folder, tmp_path, cli, monkeypatch):
+    """--tune writes an entry a batch size; without one of that size the next smaller one counts."""
+    sizes = []
+
+    def costs(model, heads, trees, prompts, args):
+        sizes.append(len(prompts))
+        return [0.001 * (1 if tree is None else 1 + 0.004 * len(prompts) * len(tree.paths)) for tree in trees]
+    monkeypatch.setattr("extras.tune.step_seconds", costs)
+    with_good_heads(tiny_folder)
+    (tmp_path / "o.txt").write_text("\n".join(f"the dog{' x' * i}" for i in range(12)))
+    tune = ["--model", tiny_folder, "--tune", tmp_path / "o.txt", "--max-new-tokens", 30, "--threads", 1]
+    tree = tiny_folder / "medusa" / "tree.json"
+    for batch in (1, 8, 500):
+        assert cli("generate", *tune, "--batch-size", batch)[0] == 0
+        tree.write_text(json.dumps(json.loads(tree.read_text()) | {"source": "joint hits"}))
+    modes = json.loads(tree.read_text())["modes"]
+    assert sizes == [1, 8, 500] and list(modes) == ["cpu", "cpu batch 8", "cpu batch 500"]
+    for name, batch in zip(modes, sizes, strict=True):
+        for c in modes[name]["candidates"]:
+            assert c["tokens_per_second"] == pytest.approx(1000 * batch * c["tokens_per_step"] / c["step_ms"], rel=1e-2)
+    one, eight, many = (modes[name]["paths"] for name in modes)
+    assert len(one) > len(eight) > 0 == len(many)
+    for rows, paths in ((1, one), (7, one), (8, eight), (499, eight), (501, many)):
+        assert parse_tree(tree, "cpu", rows)[0] == paths
+    assert parse_tree(tree, "cuda", 8)[0] == one                             # not tuned: the file's own
+    assert cli("generate", *tune, "--batch-size", 9)[0] == 0                     # leaves alone what else is in there
+    assert json.loads(tree.read_text())["paths"] == one and json.loads(tree.read_text())["source"] == "joint hits"
+    (tmp_path / "p.txt").write_text("dog\n" * 500)
+    for batch, says in ((9, f"tree: {len(eight) + 1} nodes"), (500, "plain decoding is faster on cpu batch 500")):
+        out = cli("generate", "--model", tiny_folder, "--prompts-file", tmp_path / "p.txt", "--batch-size", batch,
+                  "--max-new-tokens", 3)[1]
+        assert says in out
+    (tmp_path / "p.txt").write_text("dog\n")                                     # fewer prompts than rows
+    assert f"tree: {len(one) + 1} nodes" in cli("generate", "--model", tiny_folder, "--prompts-file",
+                                                tmp_path / "p.txt", "--batch-size", 500, "--max-new-tokens", 3)[1]
+
+
+def test_a_tree_for_each_mode(tmp_path):
+    """The shipped file: a tree for one prompt, smaller ones for batches; a mode whose tree is the root needs no heads.
+
+    What it says of the old compiler, "cpu compiled", is no mode any more.
+    """
+    model = Llama.from_pretrained(MODEL)
+
+    def found(rows, *more):
+        args = generate.arguments(["--heads", str(MODEL / "medusa"), "--batch-size", str(rows), *more])
+        heads, tree, source = generate.heads_and_tree(args, model)
+        return heads, len(tree.paths), source
+    shipped = MODEL / "medusa" / "tree.json"
+    assert found(1)[1:] == (8, str(shipped))
+    for rows, tuned_for, nodes in ((2, 2, 4), (3, 2, 4), (8, 8, 3), (15, 8, 3), (64, 32, 3)):
+        heads, found_nodes, source = found(rows)
+        assert heads is not None and found_nodes == nodes
+        assert source.startswith(f"{shipped}: tuned for cpu batch {tuned_for}: a step of {nodes} nodes costs ")
+    tuned = {"paths": [[0]], "modes": {"cpu": {"paths": [], "remark": "plain decoding is faster on cpu"},
+                                       "cpu batch 4": {"paths": [[0], [1]]}, "cuda": {"paths": [[0], [0, 0]]}}}
+    write_json(tmp_path / "t.json", tuned)
+    given = "--tree", str(tmp_path / "t.json")
+    assert found(3, *given) == (None, 1, f"{tmp_path / 't.json'}: plain decoding is faster on cpu")
+    heads, nodes, source = found(4, *given)
+    assert heads is not None and (nodes, source) == (3, str(tmp_path / "t.json"))
