@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from loading import checkpoint
 from loading.config import check_config, read_config
+from loading.trees import DEEPEST
 
-MAX_TREE_DEPTH = 64     # positions beyond the context that a tree at its very end may need
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -71,7 +71,7 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
 
 def rotary_table(config: LlamaConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of every position's D/2 angles, twice over: [positions, D] each; the first half of sin negated."""
-    positions = torch.arange(config.max_position_embeddings + MAX_TREE_DEPTH)
+    positions = torch.arange(config.max_position_embeddings + DEEPEST)      # room for a tree at the very end
     angle = positions[:, None] * rotary_frequencies(config)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

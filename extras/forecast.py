@@ -2,6 +2,7 @@
 import itertools
 from collections import Counter
 import torch
+from loading.trees import DEEPEST
 from tinymedusa import Tree
 
 def joint_hits(ranks: list, widest: int = 32) -> Counter:
@@ -13,7 +14,7 @@ def joint_hits(ranks: list, widest: int = 32) -> Counter:
         hits.update(tuple(right[:depth]) for depth in range(1, len(right) + 1))
     return hits
 
-def grow_tree(hits: dict[tuple, int], nodes: int, deepest: int = 64) -> list[list[int]]:
+def grow_tree(hits: dict[tuple, int], nodes: int, deepest: int = DEEPEST) -> list[list[int]]:
     """The `nodes` paths that were right most often: a tree, since a path is right only where its ancestors are, and of
     its size the one with the most expected accepted tokens (section 2.3.3, with joint counts)."""
     paths = [path for path in hits if len(path) <= deepest]

@@ -28,11 +28,12 @@ class Checkpoint(NamedTuple):
     source: str
     config: dict
     tensors: dict[str, Stored]
+    name_in_files: object = str     # a function of a parameter's name
 
     def check(self, parameters: dict) -> None:
         """UserError that names every missing, unexpected and wrongly shaped or typed tensor."""
-        found, name_in_files = self.tensors, full_name if self.source.startswith("model ") else str
-        missing = [name_in_files(n) for n in parameters if n not in found]
+        found = self.tensors
+        missing = [self.name_in_files(n) for n in parameters if n not in found]
         # inv_freq: rotary frequencies that old transformers stored; they are derived from the config
         unexpected = [s.name for n, s in found.items() if n not in parameters and not n.endswith("rotary_emb.inv_freq")]
         problems = [f"{title}: {', '.join(names)}"
@@ -72,7 +73,6 @@ class Checkpoint(NamedTuple):
                   file=sys.stderr)
 
 def full_name(name: str) -> str:
-    """A parameter's name in HF's files."""
     return name if name == "lm_head.weight" else f"model.{name}"
 
 def default_dtype(stored: str, device) -> torch.dtype:
@@ -91,7 +91,7 @@ def find(name_or_path, revision=None) -> Checkpoint:
                         f"{len(tensors)} tensors: they don't belong together")
     if "lm_head.weight" in tensors and config.get("tie_word_embeddings") is True:
         config["tie_word_embeddings"] = False       # though the config says tied: HF, too, takes the file's word
-    return Checkpoint(source, config, tensors)
+    return Checkpoint(source, config, tensors, full_name)
 
 def weight_files(name_or_path, revision=None) -> list[Path]:
     """The weights of a model: safetensors, else PyTorch's pickles; one file, or the shards that an index names."""

@@ -25,8 +25,7 @@ def without_finished(state: State, rows: list) -> tuple[State, list]:
 def generate(decoder: Decoder, prompts: list, max_new_tokens: int, seeds=None, batch_size: int | None = None):
     """Yield, for the prefill and then for each step, {a prompt's index: its new ids} of the prompts in the batch, of
     batch_size rows (default: all). Prompt i draws from seeds[i] (default i), so its tokens are the same as alone."""
-    seeds = seeds or range(len(prompts))
-    waiting = deque(range(len(prompts)))
+    seeds, waiting = seeds or range(len(prompts)), deque(range(len(prompts)))
     rows = [waiting.popleft() for _ in range(min(batch_size or len(prompts), len(prompts)))]    # row → prompt
     some = [max(prompts, key=len)] * len(rows)
     state, out, count = decoder.run("init", decoder.start, [prompts[i] for i in rows], max_new_tokens,
