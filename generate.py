@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from extras.chat import Chat, interactive
-from extras.command_line import ArgumentParser, command_line, set_threads
+from extras.command_line import ArgumentParser, command_line, row_seed, set_threads
 from extras.compare import compared
 from extras.explain import explaining
 from extras.options import check_generate_options, generate_options
@@ -33,8 +33,8 @@ from llama import Llama
 from loading.checkpoint import TORCH_DTYPES
 from loading.config import check_prompts
 from loading.documents import prompts_of
-from loading.files import UserError, locate, read_json
-from loading.heads import base_of
+from loading.files import UserError, locate
+from loading.heads import base_of, heads_inside
 from loading.templates import SYSTEM, question, template_of
 from loading.tokenizer import Tokenizer
 from loading.trees import read_tree
@@ -42,6 +42,7 @@ from tinymedusa import Decoder, MedusaHeads, PlainDecoder, Sampling, Stages, Tre
 from train_heads import evaluate
 from variants import batches
 from variants.heads import load_heads
+from variants.lookup import Lookup, LookupDecoder
 from variants.typical import Typical
 
 OPENING = "Once upon a time, there was a little girl named Lily who loved to play in the garden."
@@ -55,12 +56,17 @@ def heads_folder(args) -> str | None:
         for name in ("medusa/model.safetensors", "medusa/tree.json"):      # from a hub: fetched beside the config
             locate(args.model, name, args.revision, required=False)
         return str(config.parent)
-    inside = "medusa_num_heads" in read_json(locate(args.model, "config.json", args.revision))
-    return args.model if inside else None
+    return args.model if heads_inside(args.model, args.revision) else None
 
 def heads_and_tree(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None, str | None]:
     """The heads, their tree and where that is from; with --tune no tree yet, and where to write it. Heads whose tree is
     the root alone, since plain decoding is faster, are None."""
+    if args.heads == "lookup":
+        if args.tune:
+            raise UserError("--tune fits a tree to trained heads; prompt lookup drafts a chain: give --tree")
+        heads = Lookup()
+        chain = heads.chain if args.tree is None else read_tree("", len(heads), heads.draft_size, args.tree)[0]
+        return heads if chain else None, Tree.from_paths(chain), "prompt lookup"
     folder = heads_folder(args)
     if folder is None:
         if args.tree is not None:
@@ -72,16 +78,22 @@ def heads_and_tree(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None,
             raise UserError(f"{args.heads or args.model} is on the hub: say with --tree FILE where to write the tree")
         return heads, None, args.tree or str(Path(folder) / "tree.json")
     device = torch.device(args.device).type
-    paths, source = read_tree(folder, len(heads), heads.draft_size, args.tree, device, args.batch_size)
+    paths, source = read_tree(folder, len(heads), heads.draft_size, args.tree, device, args.batch_size,
+                              args.temperature)
     return heads if paths else None, Tree.from_paths(paths), source
 
 def decoder_of(args, model: Llama, heads: MedusaHeads | None, tree: Tree | None) -> Decoder:
     if heads is None:
         return PlainDecoder(model, args.sampling)
-    decoder = Decoder(model, heads, tree, args.sampling)
+    kind = LookupDecoder if args.heads == "lookup" else Decoder
+    decoder = kind(model, heads, tree, args.sampling)
     if args.acceptance == "typical":
         decoder.accept = Typical(args.epsilon, args.delta)
     return decoder
+
+def sample_number(index: int, args) -> dict:
+    """Which sample of its prompt a text is. Each text has a seed of its own: the first seed and its index."""
+    return {"sample": index % args.samples} if args.samples > 1 else {}
 
 def run(decoder: Decoder, tokenizer: Tokenizer, ids: list, args, seed: int, emit) -> dict:
     """One prompt → tokens, steps, times. `emit(text, head)` gets the new text as it comes and the head that guessed it,
@@ -113,14 +125,14 @@ def many(decoder: Decoder, tokenizer: Tokenizer, prompts: list, encoded: list, a
     before it are done; at last the figures of all together. A text's seconds are those of a row shared with others."""
     stages, begin = Stages(args.device), time.perf_counter()
     decoder.run = stages if args.profile else call
-    seeds = range(args.seed, args.seed + len(prompts))
+    seeds = [row_seed(args.seed, i) for i in range(len(prompts))]
     steps = batches.generate(decoder, encoded, args.max_new_tokens, seeds, args.batch_size)
     done, everything, tokens, following = {}, Counter(), 0, 0
     for i, new, seconds in batches.finished(steps):
         ids, accepted = sum(new, []), Counter(len(step) - 1 for step in new[1:])
         text = tokenizer.stream(encoded[i])(ids, end=True)
-        done[i] = {"prompt": prompts[i], "prompt_tokens": len(encoded[i]), "text": text, "token_ids": ids,
-                   **figures(len(ids), 1, accepted, seconds, Stages("cpu"))}
+        done[i] = {"prompt": prompts[i], **sample_number(i, args), "prompt_tokens": len(encoded[i]), "text": text,
+                   "token_ids": ids, **figures(len(ids), 1, accepted, seconds, Stages("cpu"))}
         everything, tokens = everything + accepted, tokens + len(ids)
         while following in done:
             yield done.pop(following)
@@ -149,7 +161,8 @@ def main():
     prompts = [] if args.interactive else args.prompt or [OPENING]
     if args.prompts_file:
         prompts = prompts_of(args.prompts_file)
-        args.batch_size = min(args.batch_size, len(prompts))
+        args.batch_size = min(args.batch_size, len(prompts) * args.samples)
+    prompts = [prompt for prompt in prompts for _ in range(args.samples)]
     if base := base_of(args.model, args.revision):
         args.model, args.heads = base, args.heads or args.model     # the name of published heads alone
     load = int8.load if args.quantize else Llama.from_pretrained
@@ -173,7 +186,8 @@ def main():
     if args.prompts_file:
         return print_batch(many(decoder, tokenizer, prompts, encoded, args), len(prompts), about, heads, args)
     for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-        result = one_prompt(decoder, tokenizer, prompt, ids, args.seed + index, args) | about
+        result = one_prompt(decoder, tokenizer, prompt, ids, row_seed(args.seed, index), args)
+        result |= about | sample_number(index, args)
         shown = f"\ntree: {result['tree']}" if args.explain else "\n\n" + report(result, heads, args)
         print(json.dumps(result) if args.json else shown, flush=True)
 

@@ -13,16 +13,19 @@ if __name__ == "__main__":      # Ctrl-C while torch is imported: an end without
     import signal
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN or signal.signal(signal.SIGINT, signal.SIG_DFL)
 import re
+import sys
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from extras.command_line import ArgumentParser, command_line, set_threads, shard
+from extras.command_line import ArgumentParser, command_line, row_seed, set_threads, shard
 from extras.options import prepare_options
 from llama import Llama, LlamaConfig
+from loading.checkpoint import TORCH_DTYPES
 from loading.config import check_prompts
-from loading.documents import BATCH, HELD_OUT, conversations, document, openings_of, texts, write_tokens
+from loading.documents import BATCH, HELD_OUT, Partial, conversations, document, openings_of, texts, write_tokens
 from loading.files import UserError, locate, model_name
 from loading.templates import question
 from loading.tokenizer import Tokenizer
@@ -70,38 +73,61 @@ def rendered(conversations, tokenizer: Tokenizer):
                 parts += [(e.ids, in_answer), (tokenizer.eos[:1], True)]
             yield document(*parts)
 
-def continued(prompts: dict, write, batch_size: int):
-    """(key, new ids) for each prompt (key → ids), in batches of like length; the key seeds the row. `write(prompts,
+def continued(prompts: dict, write):
+    """(key, new ids) of each prompt (key → ids), as soon as it is finished; the key seeds the row. `write(prompts,
     seeds)` is `batches.generate` with all else given."""
-    order = sorted(prompts, key=lambda key: len(prompts[key]))
-    for start in range(0, len(order), batch_size):
-        keys = order[start:start + batch_size]
-        steps = write([prompts[key] for key in keys], keys)
-        new = {i: sum(ids, []) for i, ids, _ in batches.finished(steps)}
-        yield from ((key, new[i]) for i, key in enumerate(keys))
+    keys = list(prompts)
+    steps = write(list(prompts.values()), keys) if keys else []
+    for i, new, _ in batches.finished(steps):
+        yield keys[i], sum(new, [])
 
-def continuations(openings: dict, write, batch_size: int):
-    """Each opening (key → ids) with what the model writes behind it, which carries loss."""
-    for key, new in continued(openings, write, batch_size):
-        yield document((openings[key], False), (new, True))
+def remembered(turn: int, prompts: dict, write, partial: Partial):
+    """`continued`, but what a stopped run has written comes first, and what is new is kept for the next run."""
+    kept = {key: partial.texts[turn, key] for key in prompts if (turn, key) in partial.texts}
+    yield from ((key, new.tolist()) for key, new in kept.items())
+    for key, new in continued({key: ids for key, ids in prompts.items() if key not in kept}, write):
+        partial.add(turn, key, new)
+        yield key, new
 
-def answered_anew(talks: dict, tokenizer: Tokenizer, write, batch_size: int, context: int):
+def continuations(openings: dict, answers, bar: tqdm):
+    """Each opening (key → ids) with what the model writes behind it, which carries loss. `answers(turn, prompts)`:
+    (key, new ids) of each prompt, in any order; turn: which round of a conversation they answer."""
+    done = {}
+    for key, new in answers(0, openings):
+        done[key] = document((openings[key], False), (new, True))
+        bar.update()
+    yield from (done[key] for key in openings)
+
+def answered_anew(talks: dict, tokenizer: Tokenizer, answers, context: int, bar: tqdm):
     """Conversations (key → rounds) whose every answer is the model's own: all first questions are answered, then all
     second ones, and so on. One ends early with an answer that had to be cut, or when the next question has no room."""
     done = {key: [(tokenizer.bos, False)] for key in talks}
     open_talks = dict(talks)
     for i in range(max(map(len, talks.values()), default=0)):
-        open_talks = {key: rounds for key, rounds in open_talks.items() if i < len(rounds)}
         encoded = tokenizer.backend.encode_batch([question(i, rounds[i][0]) for rounds in open_talks.values()],
                                                  add_special_tokens=False)
         questions = {key: e.ids for key, e in zip(open_talks, encoded, strict=True)}
         prompts = {key: sum((ids for ids, _ in done[key]), []) + questions[key] for key in questions}
         prompts = {key: ids for key, ids in prompts.items() if len(ids) < context}
-        answers = dict(continued(prompts, write, batch_size))
-        for key, new in answers.items():
+        bar.update(len(questions) - len(prompts))
+        open_talks = {}
+        for key, new in answers(i, prompts):
             done[key] += [(questions[key], False), (new, True)]
-        open_talks = {key: talks[key] for key, new in answers.items() if new[-1] in tokenizer.eos}
+            if new[-1] in tokenizer.eos and i + 1 < len(talks[key]):
+                open_talks[key] = talks[key]
+            bar.update(key not in open_talks)
     yield from (document(*parts) for parts in done.values() if len(parts) > 1)
+
+def repeats_itself(ids: list) -> bool:
+    """Whether some 12 tokens in a row come three times or more: the text goes round in circles."""
+    runs = Counter(zip(*(ids[i:] for i in range(12)), strict=False))
+    return max(runs.values(), default=0) >= 3
+
+def warn_of_loops(texts, temperature: float) -> None:
+    count = sum(repeats_itself(ids.tolist()) for ids in texts)
+    if count > 0.05 * len(texts):
+        print(f"{count} of {len(texts)} texts repeat the same 12 tokens three times or more, which heads would learn: "
+              f"try --temperature {max(0.8, temperature + 0.2):.1f}", file=sys.stderr)
 
 def arguments(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], epilog="Examples: at the top of prepare_data.py.")
@@ -112,8 +138,8 @@ def source_items(args):
     """What the source holds: texts, or conversations (lists of rounds), split, limited, without doubles to continue."""
     if args.first_words and (args.sharegpt or args.openings):
         raise UserError("--first-words makes conversations of texts: give --text or --tinystories")
-    if args.heads and not (args.distill or args.openings):
-        raise UserError("--heads are for text that the model writes: add --distill")
+    if (args.heads or args.dtype) and not (args.distill or args.openings):
+        raise UserError("--heads and --dtype are for text that the model writes: add --distill")
     if Path(args.out).resolve() in [Path(p).resolve() for p in (args.text, args.sharegpt, args.openings) if p]:
         raise UserError(f"{args.out} is the source itself: give --out another name")
     if args.sharegpt:
@@ -131,45 +157,66 @@ def source_items(args):
         items = ([[" ".join(text.split(" ")[:args.first_words]), text]] for text in items)
     return items
 
-def distilled(args, items, config, tokenizer: Tokenizer):
-    """The model's own text for the items of this process, and how many they are."""
-    talks = bool(args.sharegpt or args.first_words)
-    items = list(items) if talks or args.openings else list(dict.fromkeys(opening(t, args.sentences) for t in items))
+def own_items(args, items) -> dict:
+    """What the model of this process continues or answers: seed → opening or rounds."""
+    if not (args.sharegpt or args.first_words or args.openings):
+        items = dict.fromkeys(opening(text, args.sentences) for text in items)
     rank, world = shard()
-    items = {args.seed + i: item for i, item in enumerate(items) if i % world == rank}
+    items = {row_seed(args.seed, i): item for i, item in enumerate(items) if i % world == rank}
     if not items:
         raise UserError("the source holds nothing to continue: write at least one opening or question a process")
-    model = Llama.from_pretrained(args.model, device=args.device)
-    decoder = PlainDecoder(model, Sampling(args.temperature))
-    if args.heads:
-        heads = load_heads(args.heads, model)
-        decoder = Decoder(model, heads, Tree.from_pretrained(args.heads, heads), Sampling(args.temperature))
-    set_threads(model, rows=args.batch_size)
-    write = lambda prompts, seeds: batches.generate(decoder, prompts, args.max_new_tokens, seeds)
-    if talks:
-        return answered_anew(items, tokenizer, write, args.batch_size, config.max_position_embeddings), len(items)
-    encoded = dict(zip(items, tokenizer.encode_batch(list(items.values())), strict=True))
-    check_prompts(list(encoded.values()), config)
-    return continuations(encoded, write, args.batch_size), len(items)
+    return items
+
+def decoder_of(args) -> Decoder:
+    model = Llama.from_pretrained(args.model, TORCH_DTYPES.get(args.dtype), args.device)
+    set_threads(model, args.threads, args.batch_size)
+    if not args.heads:
+        return PlainDecoder(model, Sampling(args.temperature))
+    heads = load_heads(args.heads, model)
+    return Decoder(model, heads, Tree.from_pretrained(args.heads, heads, args.temperature), Sampling(args.temperature))
+
+def distilled(args, items: dict, tokenizer: Tokenizer, out: Path, source: dict) -> dict:
+    """Writes the token file of the model's own text for the items → its facts. A stop leaves a `Partial` beside it."""
+    decoder, talks = decoder_of(args), bool(args.sharegpt or args.first_words)
+    config, weights = decoder.model.config, [float(w.flatten()[0]) for w in decoder.model.state_dict().values()]
+    if not talks:
+        items = dict(zip(items, tokenizer.encode_batch(list(items.values())), strict=True))
+        check_prompts(list(items.values()), config)
+    partial = Partial(out, source, [items, weights, tokenizer.sha256()])
+    write = lambda prompts, seeds: batches.generate(decoder, prompts, args.max_new_tokens, seeds, args.batch_size)
+    answers = lambda turn, prompts: remembered(turn, prompts, write, partial)
+    try:
+        with tqdm(desc="preparing", unit=" documents", total=len(items), miniters=1, disable=shard()[0] > 0) as bar:
+            documents = continuations(items, answers, bar)
+            if talks:
+                documents = answered_anew(items, tokenizer, answers, config.max_position_embeddings, bar)
+            facts = write_tokens(out, documents, tokenizer, config.vocab_size, source)
+    except BaseException:
+        if partial.texts:
+            print(f"{partial.path} keeps {len(partial.texts)} texts: the same command goes on after them",
+                  file=sys.stderr)
+        raise
+    partial.path.unlink(missing_ok=True)
+    warn_of_loops(partial.texts.values(), args.temperature)
+    return facts
 
 def prepare(args) -> tuple[str, dict]:
     """Writes the token file → its name and its facts."""
     config, (rank, world) = LlamaConfig.from_pretrained(args.model), shard()
-    tokenizer, total = Tokenizer(args.model, config), None
+    tokenizer = Tokenizer(args.model, config)
     tokenizer.backend.encode_special_tokens = True      # "<s>" in a text is text, and does not begin a document
-    items, talks = source_items(args), bool(args.sharegpt or args.first_words)
-    if args.distill or args.openings:
-        documents, total = distilled(args, items, config, tokenizer)
-    else:
-        items = islice(items, rank, None, world)
-        documents = rendered(items, tokenizer) if talks else tokenised(items, tokenizer)
-    options = {k: v for k, v in vars(args).items() if k not in ("model", "out", "device", "heads", "batch_size")}
-    source = {"model": model_name(args.model)} | {
-        k: Path(v).name if k in ("text", "sharegpt", "openings") else v for k, v in options.items() if v}
-    out = Path(args.out)
+    items, out = source_items(args), Path(args.out)
     if world > 1:
         out = out.with_name(f"{out.stem}-{rank:05d}-of-{world:05d}{out.suffix}")
-    with tqdm(documents, desc="preparing", unit=" documents", total=total, disable=rank > 0) as progress:
+    free = ("model", "out", "device", "threads", "heads", "batch_size")
+    options = {k: v for k, v in vars(args).items() if v and k not in free}
+    source = {"model": model_name(args.model)} | {
+        k: Path(v).name if k in ("text", "sharegpt", "openings") else v for k, v in options.items()}
+    if args.distill or args.openings:
+        return out, distilled(args, own_items(args, items), tokenizer, out, source)
+    items = islice(items, rank, None, world)
+    documents = (rendered if args.sharegpt or args.first_words else tokenised)(items, tokenizer)
+    with tqdm(documents, desc="preparing", unit=" documents", disable=rank > 0) as progress:
         return out, write_tokens(out, progress, tokenizer, config.vocab_size, source)
 
 def main():

@@ -57,9 +57,10 @@ class Tree(NamedTuple):
         return cls(paths, parent, depth, rank, ancestors, retrieve)
 
     @classmethod
-    def from_pretrained(cls, folder, heads: "MedusaHeads") -> "Tree":
-        """The tree.json in the heads' folder, else 15 nodes of mc_sim_7b_63. UserError: these heads can't draft it."""
-        paths, _ = read_tree(folder, len(heads), heads.draft_size)
+    def from_pretrained(cls, folder, heads: "MedusaHeads", temperature: float = 0.0) -> "Tree":
+        """The tree.json in the heads' folder, for the nearest temperature, else 15 nodes of mc_sim_7b_63. UserError:
+        these heads can't draft it."""
+        paths, _ = read_tree(folder, len(heads), heads.draft_size, temperature=temperature)
         return cls.from_paths(paths)
 
     def to(self, device) -> "Tree":
@@ -120,8 +121,10 @@ class MedusaHeads(nn.ModuleList):
         return guesses[:, tree.depth[1:] - 1, tree.rank[1:]]                                # [B, N - 1]
 
     def best(self, logits: Tensor, noise: Tensor | None, sampling: "Sampling", ranks: int) -> Tensor:
-        """The ids of the first ranks [..., ranks], by the measure that the base model samples by (see `sample`)."""
-        return perturbed(logits, noise, sampling).topk(ranks).indices
+        """The ids of the first ranks [..., ranks], as the base model samples (see `sample`), but from all tokens: what
+        top-k and top-p leave of a head's own logits is accepted less often than what its whole distribution draws."""
+        everything = Sampling(sampling.temperature)
+        return perturbed(logits, noise, everything).topk(ranks).indices
 
 class NoHeads:
     """Nothing to draft with: plain decoding."""
@@ -139,22 +142,38 @@ class Sampling(NamedTuple):
 
 GREEDY = Sampling()
 
+def most_likely(logits: Tensor, ranked: Tensor, count: Tensor) -> Tensor:
+    """-inf for all but the `count` [.., 1] largest of logits [.., V], of equal ones the lower ids. ranked: sorted."""
+    edge = ranked.gather(-1, count - 1)                                                 # the smallest one that stays
+    above = logits > edge
+    equal = logits == edge
+    room = count - above.sum(dim=-1, keepdim=True)
+    number = equal.cumsum(dim=-1)
+    stays = above | equal & (number <= room)
+    return logits.masked_fill(~stays, -torch.inf)
+
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     """Divide by the temperature T; -inf for what top-k, then top-p leave out, as in HF, ties aside: [..., V]."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits - logits.amax(dim=-1, keepdim=True)
     logits = logits / max(sampling.temperature, 1e-30)                                  # the largest is 0, never NaN
-    if sampling.top_k == 0 and sampling.top_p == 1:
-        return logits
-    ranked, ids = logits.sort(dim=-1, descending=True, stable=True)                     # equal logits: lower id first
-    if sampling.top_k:
-        ranked[..., sampling.top_k:] = -torch.inf
+    vocab_size = logits.shape[-1]
+    if 0 < sampling.top_k < vocab_size:
+        ranked = logits.topk(sampling.top_k).values
+        count = torch.full_like(ranked[..., :1], sampling.top_k, dtype=torch.long)
+        logits = most_likely(logits, ranked, count)
     if sampling.top_p < 1:
-        probs = ranked.softmax(dim=-1)
-        before = probs.cumsum(dim=-1) - probs                                           # the mass before a token
-        before[..., 0] = 0                                                              # the first one always stays
-        ranked[before >= sampling.top_p] = -torch.inf
-    return torch.empty_like(logits).scatter_(-1, ids, ranked)
+        total = logits.logsumexp(dim=-1, keepdim=True)
+        for size in (64, 1024, vocab_size):                                             # a whole sort is seldom needed
+            ranked = logits.topk(min(size, vocab_size)).values
+            probs = (ranked - total).exp()
+            before = probs.cumsum(dim=-1) - probs                                       # the mass before a token
+            stays = before < sampling.top_p
+            if not stays[..., -1].any():
+                break
+        count = stays.sum(dim=-1, keepdim=True).clamp(min=1)                            # the first one always stays
+        logits = most_likely(logits, ranked, count)
+    return logits
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2 ** 64       # SplitMix64's increment as an int64; products wrap
 

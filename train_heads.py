@@ -4,6 +4,7 @@
     python train_heads.py --data data/greedy.bin --out heads --kind hydra --width 512 --tie-lm-head --draft-vocab 1024
     python train_heads.py --data data/held-out.bin --out heads --eval                   # what they are worth
     python train_heads.py --data data/greedy.bin --out new_model --medusa-2             # base model and heads
+    python train_heads.py --export vllm heads --out heads_for_vllm                      # nothing is trained
     torchrun --nproc-per-node 2 train_heads.py --data data/greedy-*.bin --out heads     # the same steps, shared
 
 Head k = 1..K sees the base model's hidden state at position t and learns the token at t + 1 + k (the base model's own
@@ -17,6 +18,7 @@ if __name__ == "__main__":      # Ctrl-C while torch is imported: an end without
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN or signal.signal(signal.SIGINT, signal.SIG_DFL)
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -28,15 +30,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from extras.command_line import ArgumentParser, command_line, set_threads, shard
-from extras.forecast import simulate
-from extras.options import HEADS_FIRST, train_options
-from extras.training import (all_reduce, claimed, end_processes, interruptible, load_checkpoint, metrics_of, report,
-                             save_checkpoint, save_results, save_tree, settings, start_processes)
-from llama import Llama
+from extras.forecast import noise_given, simulate
+from extras.options import HEADS_FIRST, check_train_options, train_options
+from extras.training import (all_reduce, claimed, end_processes, hidden_file, interruptible, load_checkpoint,
+                             metrics_of, report, save_checkpoint, save_results, save_trees, settings, start_processes)
+from llama import Llama, LlamaConfig
+from loading.checkpoint import find
 from loading.documents import HELD_OUT, Document, read_tokens
+from loading.export import export
 from loading.files import UserError, write_atomic
 from loading.tokenizer import Tokenizer
-from tinymedusa import MedusaHeads, Tree
+from tinymedusa import GREEDY, MedusaHeads, Sampling, Tree, perturbed, warp
 from variants.heads import build_heads, load_heads, token_map_of
 from variants.medusa2 import Joint
 
@@ -71,9 +75,11 @@ class Batch(NamedTuple):
     own: Tensor        # [n] bool: the root (1 place on) and the token behind it carry loss, so a step can begin here
     row: Tensor        # [n] the row of each place
     next: Tensor       # [B T] the id 1 place on if it carries loss, or IGNORE: what the base model itself should guess
+    temperature: Tensor     # [n] that the base model wrote the row at; NaN: it did not
+    hidden: Tensor | None   # [B, T, H] the base model's hidden states, where they are kept
 
     def to(self, device) -> "Batch":
-        return Batch(*(tensor.to(device) for tensor in self))
+        return Batch(*(None if tensor is None else tensor.to(device) for tensor in self))
 
 def make_batch(rows: list[Document], num_heads: int) -> Batch:
     """Rows padded on the right; labels never cross from one document into the next."""
@@ -89,8 +95,15 @@ def make_batch(rows: list[Document], num_heads: int) -> Batch:
     index = (labels != IGNORE).any(0).flatten().nonzero()[:, 0]
     tokens = torch.stack([ahead(ids, k) for k in range(1, num_heads + 1)], -1)              # [B, T, K]
     own = learn(1) & (labels[0] != IGNORE)
+    row, hidden = index // length, None
+    temperature = torch.tensor([math.nan if d.temperature is None else d.temperature for d in rows])
+    if rows[0].hidden is not None:
+        hidden = torch.zeros(len(rows), length, rows[0].hidden.shape[1], dtype=torch.float16)
+        for states, d in zip(hidden, rows, strict=True):
+            states[:len(d)] = torch.from_numpy(d.hidden)
     return Batch(ahead(ids, 0), index, tokens.flatten(0, 1)[index], labels.flatten(1)[:, index],
-                 own.flatten()[index], index // length, ahead(ids, 1).masked_fill(~learn(1), IGNORE).flatten())
+                 own.flatten()[index], row, ahead(ids, 1).masked_fill(~learn(1), IGNORE).flatten(),
+                 temperature[row], hidden)
 
 def draft_labels(heads: MedusaHeads, labels: Tensor) -> Tensor:
     """Ids → indices of the draft vocabulary; IGNORE for what the heads can't draft."""
@@ -109,11 +122,15 @@ def rank_of(logits: Tensor, labels: Tensor) -> Tensor:
     before = ~(logits <= target) | (logits == target) & (ids < place)
     return before.sum(-1).masked_fill(labels == IGNORE, MISS)
 
-def head_results(heads: MedusaHeads, batch: Batch, hidden: Tensor, teacher=None, ranked: bool = True):
-    """hidden [B, T, H] → chunk by chunk, each head's summed cross entropy [K] and its label's rank [K, chunk]. teacher:
-    hidden states [.., H] → the base model's logits [.., D], to learn its distribution where it samples that token,
-    instead of the token alone. Not ranked: all MISS, which is a quarter faster."""
-    chunk, length = max(1, LOGITS // (len(heads) * heads.draft_size)), hidden.shape[1]
+def head_results(heads: MedusaHeads, batch: Batch, hidden: Tensor, teacher=None, room: int = LOGITS):
+    """hidden [B, T, H] → chunk by chunk: each head's summed cross entropy [K]; its logits [K, chunk, D] and what it
+    should guess [K, chunk] (see `draft_labels`); the place in [B T] whose token the base model samples there.
+
+    Text that the base model sampled at a temperature T is learned at T, by softmax(logits / T). teacher: hidden states
+    [.., H] → the base model's logits [.., D], to learn the distribution that a token was sampled from. room: the number
+    of logits in memory at once.
+    """
+    chunk, length = max(1, room // (len(heads) * heads.draft_size)), hidden.shape[1]
     back = torch.arange(heads.recent, device=hidden.device)
     padded, hidden = F.pad(hidden, (0, 0, heads.recent - 1, 0)), hidden.flatten(0, 1)       # zeros in front of a row
     for i in range(0, len(batch.index), chunk):
@@ -121,17 +138,37 @@ def head_results(heads: MedusaHeads, batch: Batch, hidden: Tensor, teacher=None,
         recent_hidden = padded[(at // length)[:, None], (at % length)[:, None] + back]              # [chunk, R, H]
         logits = heads(recent_hidden, batch.tokens[i:i + chunk]).transpose(0, 1)                    # [K, chunk, D]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        rank = rank_of(logits.detach(), labels) if ranked else torch.full_like(labels, MISS)
-        if teacher is None:
-            losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE,
-                                     reduction="none").view(labels.shape)
-        else:
+        later = at + torch.arange(1, len(heads) + 1, device=at.device)[:, None]                     # [K, chunk]
+        later = later.clamp(max=len(hidden) - 1)                            # beyond the row: without a label
+        written_at = batch.temperature[i:i + chunk]                                                 # [chunk]
+        temperature = torch.where(written_at > 0, written_at, 1.0).to(logits.dtype)[:, None]
+        log_probs = (logits / temperature).log_softmax(dim=-1)
+        losses = F.nll_loss(log_probs.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+        losses = losses.view(labels.shape)
+        if teacher is not None:
             with torch.no_grad():
-                later = at + torch.arange(1, len(heads) + 1, device=at.device)[:, None]             # [K, chunk]
-                target = teacher(hidden[later.clamp(max=len(hidden) - 1)])   # beyond the row: without a label
-                target = target.to(logits.dtype).softmax(-1)
-            losses = -(target * logits.log_softmax(-1)).sum(-1).masked_fill(labels == IGNORE, 0)
-        yield losses.sum(1), rank
+                target = (teacher(hidden[later]).to(logits.dtype) / temperature).softmax(dim=-1)
+            soft = -(target * log_probs).sum(dim=-1).masked_fill(labels == IGNORE, 0)
+            losses = torch.where(written_at == 0, losses, soft)         # greedy text: all of the mass is on its token
+        yield losses.sum(1), logits.detach(), labels, later
+
+def keep_hidden(model: Llama, path, documents: list, batch_tokens: int) -> None:
+    """Gives all documents of a token file the base model's hidden states, so that it is run over a text only once: in
+    float16 from the file beside it, where what is missing is computed. A row's first state is written last."""
+    states, begin, (rank, world) = hidden_file(model, path, sum(map(len, documents))), 0, shard()
+    for d in documents:
+        d.hidden = states[begin:begin + len(d)]
+        begin += len(d)
+    rows = cut(documents, model.config.max_position_embeddings)[rank::world]
+    missing = [row for row in rows if not row.hidden[0].any()]
+    for rows in tqdm(length_batches(missing, batch_tokens, 0), desc="hidden states", disable=rank > 0 or not missing):
+        ids = make_batch(rows, 1).ids.to(model.norm.weight.device)
+        with torch.inference_mode():
+            hidden = model(ids).clamp(-65504, 65504).to("cpu", torch.float16).numpy()               # [B, T, H]
+        for row, new in zip(rows, hidden, strict=True):
+            row.hidden[1:] = new[1:len(row)]
+            row.hidden[0] = new[0]
+    all_reduce(torch.zeros(1, device=model.norm.weight.device))             # what others compute is there as well
 
 def teacher_of(model: Llama, heads: MedusaHeads):
     """The base model's logits for the ids that the heads may draft, from its hidden states."""
@@ -146,24 +183,32 @@ def base_loss(model: Llama, hidden: Tensor, labels: Tensor) -> float:
     return sum(float(F.cross_entropy(model.lm_head(hidden[at]).float(), labels[at], reduction="sum")) for at in places)
 
 @torch.no_grad()
-def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: int):
+def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: int, sampling: Sampling = GREEDY):
     """(figures, ranks, own) on some documents; ranks and own: for each document, see `extras.forecast.simulate`.
     head_loss: mean cross entropy of each head's drafted tokens, nats. top: for each head, the share of the tokens to
     learn that are among its first 1, 2, .. 10 guesses. base_loss: the base model's mean cross entropy, nats per token.
+    sampling: how the base model wrote them; at a temperature, guesses are made with noise by which it writes just this.
     """
     ranks, owns, losses, loss, tokens, labels = [], [], 0.0, 0.0, 0, 0
+    room = LOGITS * heads.draft_size // model.config.vocab_size if sampling.temperature else LOGITS
+    generator = torch.Generator().manual_seed(0)
     for rows in tqdm(length_batches(documents, batch_tokens, 0), desc="evaluating", disable=shard()[0] > 0):
         batch = make_batch(rows, len(heads)).to(model.norm.weight.device)
-        hidden = model(batch.ids)                                                                   # [B, T, H]
+        hidden, rank = model(batch.ids), []                                                         # [B, T, H]
         loss += base_loss(model, hidden.flatten(0, 1), batch.next)
         tokens += int((batch.next != IGNORE).sum())
-        results = list(head_results(heads, batch, hidden.to(next(heads.parameters()).dtype)))
-        if not results:
+        states = hidden.to(next(heads.parameters()).dtype)
+        for sums, logits, right, later in head_results(heads, batch, states, room=room):
+            losses = losses + sums.double()
+            if sampling.temperature:
+                noise = noise_of(model, heads, hidden.flatten(0, 1)[later], right, sampling, generator)
+                logits = perturbed(logits, noise, Sampling(sampling.temperature))           # as heads draft
+            rank.append(rank_of(logits, right).cpu())
+        if not rank:
             continue
-        losses = losses + sum(sums.double() for sums, _ in results)
         labels = labels + (batch.labels != IGNORE).sum(1)
-        rank, sizes = torch.cat([r for _, r in results], 1).cpu(), torch.bincount(batch.row.cpu()).tolist()
-        ranks += rank.split(sizes, 1)
+        sizes = torch.bincount(batch.row.cpu()).tolist()
+        ranks += torch.cat(rank, 1).split(sizes, 1)
         owns += batch.own.cpu().split(sizes)
     if not ranks:
         raise UserError("the documents hold nothing for the heads to guess: give longer ones")
@@ -173,6 +218,13 @@ def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: in
     top = torch.stack([(every <= r).sum(1) / labels.cpu().clamp(min=1) for r in range(10)], 1)               # [K, 10]
     return {"documents": len(documents), "head_loss": rounded(losses.cpu() / drafted),
             "top": [rounded(head) for head in top], "base_loss": round(loss / max(1, tokens), 4)}, ranks, owns
+
+def noise_of(model: Llama, heads: MedusaHeads, hidden: Tensor, labels: Tensor, sampling: Sampling, generator):
+    """Noise by which the base model samples what the heads should guess: hidden [K, n, H], labels [K, n] → [.., D]."""
+    token_map, ids = token_map_of(heads), labels.clamp(min=0)
+    ids = ids if token_map is None else token_map[ids]
+    noise = noise_given(warp(model.lm_head(hidden), sampling), ids, generator)
+    return noise if token_map is None else noise[..., token_map]
 
 def learning_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
     """The share of the full rate: linear warm-up, then a cosine to zero, or constant."""
@@ -187,8 +239,9 @@ def head_backward(model: Llama, heads: MedusaHeads, batch: Batch, hidden: Tensor
     sums = weights.new_zeros(3, len(heads))
     teacher = teacher_of(model, heads) if args.target == "distill" else None
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=args.bf16):
-        for loss, rank in head_results(heads, batch, hidden, teacher, ranked):
+        for loss, logits, labels, _ in head_results(heads, batch, hidden, teacher):
             (weights * loss).sum().backward()
+            rank = rank_of(logits, labels) if ranked else torch.full_like(labels, MISS)     # a quarter faster
             sums += torch.stack((loss.detach(), (rank < 1).sum(1), (rank < 5).sum(1)))
     return sums
 
@@ -197,7 +250,7 @@ def backward(model: Llama, heads: MedusaHeads, batch: Batch, weights: Tensor, ba
     """Adds the gradients of a batch, Medusa-1: the base model is frozen and runs in its own dtype, as at generation.
     base_weight, of one label of the base model's, is for variants/medusa2.py, where it learns, too."""
     with torch.no_grad():
-        hidden = model(batch.ids)
+        hidden = model(batch.ids) if batch.hidden is None else batch.hidden
     return head_backward(model, heads, batch, hidden.to(weights.dtype), weights, args, ranked)
 
 def train_step(model: Llama, heads: MedusaHeads, batches: list, backward, weights: Tensor, trained: list, args,
@@ -233,6 +286,9 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
     batches = [b for epoch in range(args.epochs)
                for b in length_batches(documents, args.batch_tokens, args.seed + epoch)]
     steps = -(-len(batches) // args.accumulate)
+    warmup = min(40, steps // 10) if args.warmup is None else args.warmup
+    if warmup >= steps:
+        print(f"--warmup {warmup} exceeds the run of {steps} steps: --lr is never reached", file=sys.stderr)
     weights = args.coefficient * args.decay ** torch.arange(1, len(heads) + 1).to(groups[0]["params"][0])     # [K]
     checkpoint, first, fixed, done = Path(args.out) / "checkpoint.pt", shard()[0] == 0, settings(args), 0
     if args.resume:
@@ -249,7 +305,7 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
             together = joint and step > HEADS_FIRST * steps
             model.requires_grad_(bool(together))
             trained = [p for group in groups[:2 if together else 1] for p in group["params"]]
-            rate = learning_rate(step - 1, steps, args.warmup, args.schedule)
+            rate = learning_rate(step - 1, steps, warmup, args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
             logged = step == steps or step % args.log_every == 0
@@ -279,16 +335,30 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
 def arguments(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], epilog="Examples: at the top of train_heads.py.")
     train_options(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_train_options(parser, args)
+    return args
+
+def exported(args) -> str:
+    """--export: file to file, no model is built."""
+    base = find(args.model)
+    with torch.device("meta"):          # for its shapes
+        model = Llama(LlamaConfig.from_dict(base.config))
+    base.check(parameters := dict(model.named_parameters()))
+    return export(*args.export, args.out, args.model, base, parameters, model.config)
 
 def most_frequent(documents: list, size: int, vocab_size: int) -> Tensor:
     """The `size` ids that carry loss most often, ascending."""
     counts = sum(np.bincount(d.ids[d.loss], minlength=vocab_size) for d in documents)
     return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
 
-def split(args, tokenizer: Tokenizer, context: int) -> tuple[list, list]:
+def split(args, tokenizer: Tokenizer, model: Llama) -> tuple[list, list]:
     """The documents to train on, cut to the context or packed, and those held out (--eval: none, all)."""
-    documents = [d for path in args.data for d in read_tokens(path, tokenizer) if len(d) > 2]
+    files, context = {path: read_tokens(path, tokenizer) for path in args.data}, model.config.max_position_embeddings
+    if not (args.eval or args.pack or args.medusa_2):       # packed rows see each other, --medusa-2 changes the base
+        for path, documents in files.items():
+            keep_hidden(model, path, documents, args.batch_tokens)
+    documents = [d for found in files.values() for d in found if len(d) > 2]
     if args.eval:
         return [], cut(documents, context)
     rest = [d for i, d in enumerate(documents) if i % HELD_OUT]
@@ -297,11 +367,18 @@ def split(args, tokenizer: Tokenizer, context: int) -> tuple[list, list]:
     rest = cut([Document.joined(rest)], min(args.pack, context)) if args.pack else cut(rest, context)
     return rest, cut(documents[::HELD_OUT], context)
 
+def by_temperature(documents: list) -> dict:
+    """Documents by the temperature that the base model wrote them at, the lowest first; what it did not write: 0."""
+    groups = {}
+    for d in documents:
+        groups.setdefault(d.temperature or 0.0, []).append(d)
+    return dict(sorted(groups.items()))
+
 def untrained(args, model: Llama, documents: list) -> MedusaHeads:
     """New heads, in at least float32 to be trained in."""
     token_map = args.draft_vocab and most_frequent(documents, args.draft_vocab, model.config.vocab_size)
     heads = build_heads(model, args.num_heads, args.num_layers, args.kind, args.width, args.recent, args.tie_lm_head,
-                        token_map)
+                        args.trunk, token_map)
     weight = model.norm.weight
     return heads.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
 
@@ -311,20 +388,24 @@ def main():
         raise UserError(f"{args.out} is a file: --out names a folder")
     if Path(args.out).resolve() == Path(args.model).resolve():
         raise UserError(f"{args.out} is the model's own folder: give --out another one, such as {args.out}/medusa")
+    if "export" in args:
+        return print(exported(args))
     start_processes(args)
     torch.manual_seed(args.seed)
     model = Llama.from_pretrained(args.model, device=args.device, dtype=torch.float32 if args.medusa_2 else None)
     set_threads(model, rows=64)
     tokenizer = Tokenizer(args.model, model.config)
-    documents, held_out = split(args, tokenizer, model.config.max_position_embeddings)
-    out, evaluated = {"out": str(args.out)}, lambda heads: evaluate(model, heads, held_out, args.batch_tokens)
+    documents, held_out = split(args, tokenizer, model)
+    out, groups = {"out": str(args.out)}, by_temperature(held_out)
+    evaluated = lambda heads: {t: evaluate(model, heads, texts, args.batch_tokens, Sampling(t))
+                               for t, texts in groups.items()}
     if args.eval:
         heads = load_heads(args.out, model)
-        tree = Tree.from_pretrained(args.out, heads)
-        figures, ranks, own = evaluated(heads)
+        trees = {t: Tree.from_pretrained(args.out, heads, t) for t in groups}
+        found = evaluated(heads)
     else:
         heads = untrained(args, model, documents)
-        out |= {"base_loss_before": evaluated(heads)[0]["base_loss"]} if args.medusa_2 else {}
+        out |= {"base_loss_before": [*evaluated(heads).values()][0][0]["base_loss"]} if args.medusa_2 else {}
         with claimed(args.out):
             train(model, heads, documents, args)
             end_processes()
@@ -332,12 +413,13 @@ def main():
                 return
             folder = save_results(args, model, heads)
             heads = load_heads(folder, model)                                    # as stored
-            figures, ranks, own = evaluated(heads)
-            tree = save_tree(folder, ranks, own, args.tree_nodes)
+            found = evaluated(heads)
+            trees = save_trees(folder, found, args.tree_nodes)
             (Path(args.out) / "checkpoint.pt").unlink(missing_ok=True)
+    first, *more = [{"temperature": t} | figures | {"acceptance": simulate(trees[t], ranks, own)}
+                    for t, (figures, ranks, own) in found.items()]
     parameters = sum(p.numel() for p in heads.parameters())
-    result = out | {"kind": getattr(heads, "kind", "medusa"), "parameters": parameters, **figures,
-                    "acceptance": simulate(tree, ranks, own)}
+    result = out | {"kind": getattr(heads, "kind", "medusa"), "parameters": parameters} | first | {"sampled": more}
     print(json.dumps(result) if args.json else report(result))
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Acceptance rules against temperature: tokens per step, speed, and what becomes of the text.
 
-    python benchmarks/acceptance.py                      # the table of README.md
+    python benchmarks/acceptance.py --threads 1                    # the table of docs/acceptance.md
+    python benchmarks/acceptance.py --threads 1 --heads model/medusa-paper --temperatures 0
 
-Rows: `match` (lossless), `match` in the nucleus of top-p 0.8 (the official code's `nucleus`, done losslessly) and
-typical acceptance with the official epsilon 0.09 and delta 0.3. Plain decoding with the same sampling stands beside
-each for the ratio; of typical it is plain sampling. Quality: mean log-likelihood of a token of the output under the
+Rows: `match` (lossless), `match` in the nucleus of top-p 0.8 (the official code's `nucleus`, done losslessly), typical
+acceptance with the official epsilon 0.09 and delta 0.3, and prompt lookup in the heads' place. Each has the tree that
+tree.json holds for the temperature; "at 8 nodes" is counted with a tree of --nodes nodes grown at the temperature, from
+the model's texts of model/tune.txt. Plain decoding with the same sampling and seeds runs beside each for the ratio; of
+typical it is plain sampling. Quality: mean log-likelihood of a token of the output under the
 base at temperature 1, and the share of different 4-grams among all 4-grams of all outputs. Greedy search and typical
 acceptance raise the first and lower the second; the distribution itself has the values of the `match` row.
 """
@@ -12,6 +15,7 @@ import argparse
 import statistics
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -20,15 +24,21 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from extras.command_line import command_line, set_threads, threads  # noqa: E402
+from extras.forecast import grow_tree, joint_hits  # noqa: E402
+from extras.tune import own_texts  # noqa: E402
 from llama import Llama  # noqa: E402
 from loading.tokenizer import Tokenizer  # noqa: E402
 from loading.trees import read_tree  # noqa: E402
 from tinymedusa import Decoder, PlainDecoder, Sampling, Tree, accept  # noqa: E402
+from train_heads import evaluate  # noqa: E402
+from variants import batches  # noqa: E402
 from variants.heads import load_heads  # noqa: E402
+from variants.lookup import Lookup, LookupDecoder  # noqa: E402
 from variants.typical import Typical  # noqa: E402
 
-# name → options of the sampling, the acceptance rule
-RULES = {"match": ({}, accept), "match, top-p 0.8": ({"top_p": 0.8}, accept), "typical": ({}, Typical(0.09, 0.3))}
+# name → options of the sampling, the acceptance rule, the decoder
+RULES = {"match": ({}, accept, Decoder), "match, top-p 0.8": ({"top_p": 0.8}, accept, Decoder),
+         "typical": ({}, Typical(0.09, 0.3), Decoder), "prompt lookup": ({}, accept, LookupDecoder)}
 
 
 def decode(decoder, ids, seed, args) -> tuple[list, int, float]:
@@ -45,6 +55,25 @@ def log_likelihood(model, ids, new) -> float:
     return logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None]).mean().item()
 
 
+def grown(model, tokenizer, heads, sampling, args) -> Tree:
+    """The tree of --nodes nodes that is right most often in the model's texts at this sampling."""
+    documents = own_texts(model, tokenizer, Namespace(
+        tune=args.tune, sampling=sampling, max_new_tokens=args.max_new_tokens, seed=10 ** 6))
+    _, ranks, _ = evaluate(model, heads, documents, 4096, sampling)
+    return Tree.from_paths(grow_tree(joint_hits(ranks), args.nodes - 1))
+
+
+def per_step(decoder, prompts, args) -> float:
+    """Tokens per step over all steps of all prompts, decoded in a batch: the tokens are the same."""
+    emitted = steps = 0
+    run = batches.generate(decoder, prompts, args.max_new_tokens)
+    next(run)
+    for new in run:
+        emitted += sum(map(len, new.values()))
+        steps += len(new)
+    return emitted / steps
+
+
 def distinct(outputs, n=4) -> float:
     grams = [tuple(new[i:i + n]) for new in outputs for i in range(len(new) - n + 1)]
     return len(set(grams)) / len(grams)
@@ -53,6 +82,9 @@ def distinct(outputs, n=4) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT / "model"))
+    parser.add_argument("--heads", help="default: medusa/ in the model's folder")
+    parser.add_argument("--nodes", type=int, default=8)
+    parser.add_argument("--tune", default=str(ROOT / "model" / "tune.txt"))
     parser.add_argument("--openings", default=str(ROOT / "benchmarks" / "openings.txt"))
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--max-new-tokens", type=int, default=200)
@@ -60,24 +92,30 @@ def main():
     parser.add_argument("--threads", type=threads, default="auto")
     args = parser.parse_args()
     model = Llama.from_pretrained(args.model)
-    folder = Path(args.model) / "medusa"
+    folder = Path(args.heads or Path(args.model) / "medusa")
     heads = load_heads(folder, model)
-    paths, source = read_tree(folder, len(heads), heads.draft_size)
-    tree = Tree.from_paths(paths)
     tokenizer = Tokenizer(args.model, model.config)
     prompts = [tokenizer.encode(o) for o in Path(args.openings).read_text(encoding="utf-8").splitlines()[:args.limit]]
     set_threads(model, args.threads)
-    print(f"{len(prompts)} openings, {args.max_new_tokens} new tokens or to the end of the story, tree of "
-          f"{len(tree.paths)} nodes ({source}), {torch.get_num_threads()} thread(s)\n")
-    print("| temperature | rule | tokens per step | Medusa tokens/s | plain tokens/s | speed-up | "
-          "log-likelihood | distinct 4-grams |\n|---|---|---|---|---|---|---|---|")
+    print(f"{folder.name}: {len(prompts)} openings, {args.max_new_tokens} new tokens or to the end of the story, "
+          f"{torch.get_num_threads()} thread(s)\n")
+    print(f"| temperature | rule | tokens per step at {args.nodes} nodes | nodes of its tree | tokens per step | "
+          "Medusa tokens/s | plain tokens/s | speed-up | identical | log-likelihood | distinct 4-grams |\n"
+          "|---|---|---|---|---|---|---|---|---|---|---|")
     for temperature in args.temperatures:
-        for rule, (options, acceptance) in RULES.items():
-            if temperature == 0 and rule != "match":
+        for rule, (options, acceptance, kind) in RULES.items():
+            if temperature == 0 and rule in ("match, top-p 0.8", "typical"):
                 continue                                                         # all rules are one there
-            sampling, runs = Sampling(temperature, **options), []
-            plainly, drafting = PlainDecoder(model, sampling), Decoder(model, heads, tree, sampling)
-            drafting.accept = acceptance
+            sampling = Sampling(temperature, **options)
+            if kind is LookupDecoder:
+                drafter, trees = Lookup(), [Tree.from_paths(Lookup.chain)] * 2
+            else:
+                paths, _ = read_tree(folder, len(heads), heads.draft_size, mode="cpu", temperature=temperature)
+                drafter, trees = heads, [grown(model, tokenizer, heads, sampling, args), Tree.from_paths(paths)]
+            at_nodes, drafting = (kind(model, drafter, tree, sampling) for tree in trees)
+            plainly, runs = PlainDecoder(model, sampling), []
+            at_nodes.accept = drafting.accept = acceptance
+            counted = f"{per_step(at_nodes, prompts, args):.3f}" if drafter is heads else ""
             decode(drafting, prompts[0], 0, args)
             for seed, ids in enumerate(tqdm(prompts, desc=f"{temperature} {rule}", leave=False)):
                 runs.append((decode(plainly, ids, seed, args), decode(drafting, ids, seed, args)))
@@ -85,10 +123,11 @@ def main():
             speed = lambda rows: statistics.median(len(new) / seconds for new, _, seconds in rows)
             ratio = statistics.median((len(m[0]) / m[2]) / (len(p[0]) / p[2]) for p, m in runs)
             outputs = [new for new, _, _ in medusa]
-            per_step = sum(len(new) - 1 for new in outputs) / sum(steps for _, steps, _ in medusa)
+            steps = sum(len(new) - 1 for new in outputs) / sum(steps for _, steps, _ in medusa)
             likely = statistics.mean(log_likelihood(model, ids, new) for ids, new in zip(prompts, outputs, strict=True))
-            print(f"| {temperature} | {rule} | {per_step:.3f} | {speed(medusa):.0f} | {speed(plain):.0f} | "
-                  f"{ratio:.2f} | {likely:.3f} | {distinct(outputs):.3f} |", flush=True)
+            same = sum(p[0] == m[0] for p, m in runs)
+            print(f"| {temperature} | {rule} | {counted} | {len(trees[1].paths)} | {steps:.3f} | {speed(medusa):.0f} | "
+                  f"{speed(plain):.0f} | {ratio:.2f} | {same} | {likely:.3f} | {distinct(outputs):.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ ROWS = {
     "ours, plain": ("ours", {}),
     "ours, Medusa": ("ours", {"medusa": "own"}),
     "ours, Medusa, published 64 nodes": ("ours", {"medusa": "published"}),
+    "ours, prompt lookup": ("ours", {"medusa": "lookup"}),
     "transformers, dynamic cache": ("transformers", {}),
     "transformers, prompt lookup": ("transformers", {"prompt_lookup_num_tokens": 10}),
     "transformers, static cache, compiled": ("transformers_static", {}),
@@ -56,6 +57,7 @@ def ours(folder, args):
     from loading.trees import published_tree, read_tree
     from tinymedusa import Decoder, PlainDecoder, Tree, call
     from variants.heads import load_heads
+    from variants.lookup import Lookup, LookupDecoder
 
     torch.set_num_threads(args.threads)
     model = Llama.from_pretrained(folder, dtype=getattr(torch, args.dtype))
@@ -66,6 +68,7 @@ def ours(folder, args):
         None: PlainDecoder(model),
         "own": Decoder(model, heads, Tree.from_paths(own)),
         "published": Decoder(model, heads, Tree.from_paths(published)),
+        "lookup": LookupDecoder(model, Lookup(), Tree.from_paths(Lookup.chain)),
     }
 
     def run(ids, medusa=None, stages=call):

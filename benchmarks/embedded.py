@@ -80,7 +80,7 @@ def main():
         paths = published_tree(len(heads), args.published)
         tree_source = str(paths)
     else:
-        paths, tree_source = read_tree(folder, len(heads), heads.draft_size)
+        paths, tree_source = read_tree(folder, len(heads), heads.draft_size, mode="cpu", temperature=args.temperature)
     tree, sampling, tokenizer = Tree.from_paths(paths), Sampling(args.temperature), Tokenizer(args.model, model.config)
     plainly, drafting = PlainDecoder(model, sampling), Decoder(model, heads, tree, sampling)
     set_threads(model, args.threads)

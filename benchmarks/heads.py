@@ -80,7 +80,7 @@ def main():
     for folder in args.folders:
         heads = load_heads(folder, model)
         kind, size = getattr(heads, "kind", "medusa"), sum(p.numel() for p in heads.parameters())
-        halves = [evaluate(model, heads, half, 4096)[1:] for half in (documents[::2], documents[1::2])]
+        halves = [evaluate(model, heads, half, 4096, args.sampling)[1:] for half in (documents[::2], documents[1::2])]
         hits = joint_hits(halves[0][0])
         for nodes in args.nodes:
             trees = {"own": grow_tree(hits, nodes - 1)}

@@ -62,7 +62,7 @@ def main():
     table = build([d for path in args.data for d in read_tokens(path, tokenizer)], args.longest)
     prompts = dict(enumerate(tokenizer.encode_batch(openings_of(args.openings))))
     decoder = PlainDecoder(model)
-    new = dict(continued(prompts, lambda p, seeds: batches.generate(decoder, p, args.max_new_tokens, seeds), 64))
+    new = dict(continued(prompts, lambda p, seeds: batches.generate(decoder, p, args.max_new_tokens, seeds, 64)))
     emitted = sum(len(ids) - 1 for ids in new.values())
     for chain in (2, 4, 8):
         steps = sum(steps_of(prompts[i] + new[i], len(prompts[i]), table, args.longest, chain) for i in new)

@@ -140,20 +140,24 @@ def pad_heads(heads: MedusaHeads, small: Llama, wide: Llama, own: bool) -> Medus
         width=getattr(heads, "width", None),
         recent=heads.recent,
         tie_lm_head=tied and not own,
+        trunk=getattr(heads, "trunk_width", None),
         token_map=torch.arange(small.config.vocab_size) if token_map is None else token_map,
     )
-    old = dict(heads.named_parameters())
+    old, trunk = dict(heads.named_parameters()), getattr(heads, "trunk_width", None)
+    parts_of = lambda parts: (torch.arange(parts)[:, None] * wide.config.hidden_size + torch.arange(inside)).flatten()
     for name, target in result.named_parameters():
-        _, block, part = name.split(".", 2)
-        if int(block) == blocks:
+        head, block, part = name.replace("trunk.", "trunk.0.").split(".", 2)
+        states = heads.recent if head == "trunk" or trunk is None else 1  # what a first block sees before embeddings
+        if head == "trunk" and part == "down.weight":  # an output for each head
+            target.copy_(placed(old[name], target.shape, parts_of(len(heads)), None))
+        elif int(block) == blocks:
             target.copy_(placed(heads.lm_head_rows() if tied else old[name], target.shape, None, None))
         elif part in ("linear.weight", "up.weight"):  # what it sees: hidden states and embeddings, one behind the other
             parts = old[name].shape[1] // inside
-            columns = (torch.arange(parts)[:, None] * wide.config.hidden_size + torch.arange(inside)).flatten()
             scale = torch.ones(parts * inside)
             if block == "0":  # the embeddings are scaled to RMS 1 over the columns there are
-                scale[heads.recent * inside :] = (inside / wide.config.hidden_size) ** 0.5
-            target.copy_(placed(old[name] * scale, target.shape, None, columns))
+                scale[states * inside :] = (inside / wide.config.hidden_size) ** 0.5
+            target.copy_(placed(old[name] * scale, target.shape, None, parts_of(parts)))
         else:
             target.copy_(placed(old[name], target.shape, *(None,) * target.dim()))
     return result

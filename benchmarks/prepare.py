@@ -64,7 +64,7 @@ def distilling(path, model_name, heads_name, batch_sizes, limit):
         chosen = dict(list(encoded.items())[:min(limit, len(encoded)) if rows == 1 else None])
         for name, decoder in (("plain", PlainDecoder(model)), ("medusa", medusa)):
             begin, tokens = time.perf_counter(), 0
-            for _, new in continued(chosen, lambda p, s, d=decoder: batches.generate(d, p, 400, s), rows):
+            for _, new in continued(chosen, lambda p, s, d=decoder, n=rows: batches.generate(d, p, 400, s, n)):
                 tokens += len(new)
             print(f"{rows:>4} at a time, {name:<7}{tokens / (time.perf_counter() - begin):>8.0f} tokens/s "
                   f"({tokens} tokens)", flush=True)

@@ -3,8 +3,8 @@ import sys
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
+from extras.command_line import row_seed
 from extras.report import histogram, original_table, printer
-from llama import new_cache
 from loading.config import check_prompts
 from loading.files import UserError, read_json, write_json
 from loading.templates import VICUNA, question
@@ -20,9 +20,7 @@ Ctrl-C stops an answer."""
 def keep_prefix(decoder) -> None:
     """Let `decoder` (one prompt at a time) keep one cache for the whole context, and the ids whose keys it holds.
     decoder.cached: these ids; whoever generates sets it to what stays known when the generation ends."""
-    config, prefill = decoder.model.config, decoder.prefill
-    slots = config.max_position_embeddings + len(decoder.tree.paths)
-    cache = new_cache(config, 1, slots, like=decoder.model.norm.weight)
+    prefill, cache = decoder.prefill, decoder.new_cache([[]], decoder.model.config.max_position_embeddings)
     def prefill_rest(prompts: list, cache, recent: int):
         pairs = zip(prompts[0], decoder.cached, strict=False)
         kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -65,7 +63,7 @@ class Chat:
 
     def answer(self, message: str) -> dict:
         """The model's answer, streamed to the terminal; each one has a seed of its own."""
-        ids, seed = self.prompt(message), self.args.seed + self.answers
+        ids, seed = self.prompt(message), row_seed(self.args.seed, self.answers)
         check_prompts([ids], self.config)
         self.answers += 1
         result = self.write(ids, seed, printer(self.args, "ASSISTANT:" if self.chat else message))

@@ -28,7 +28,11 @@ def number(kind, least, most=float("inf")):
         return value
     return parse
 
-SEED = number(int, 0, 2 ** 62)
+SEED = number(int, 0, 2 ** 63 - 1)
+
+def row_seed(seed: int, index: int) -> int:
+    """The seed of the text with this index: the next ones, and behind the largest from 0 on."""
+    return (seed + index) % 2 ** 63
 
 threads = lambda text: text if text == "auto" else number(int, 1, 1024)(text)       # an argparse type, too
 
@@ -41,8 +45,8 @@ def set_threads(model: Llama, threads: int | str = "auto", rows: int = 1) -> Non
     tiny model threads mostly wait for each other, ten times longer when anything else runs on the machine."""
     if threads != "auto":
         return torch.set_num_threads(threads)
-    on_cpu, torchrun = model.norm.weight.device.type == "cpu", shard()[1] > 1       # which has set them itself
-    if torchrun or not on_cpu or model.config.max_position_embeddings < 16:
+    chosen = shard()[1] > 1 or "OMP_NUM_THREADS" in os.environ                      # by torchrun or the user
+    if chosen or model.norm.weight.device.type != "cpu" or model.config.max_position_embeddings < 16:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fastest = {}

@@ -2,6 +2,7 @@
 import itertools
 from collections import Counter
 import torch
+from torch import Tensor
 from loading.trees import DEEPEST
 from tinymedusa import Tree
 
@@ -13,6 +14,17 @@ def joint_hits(ranks: list, widest: int = 32) -> Counter:
         right = list(itertools.takewhile(lambda r: r < widest, place))
         hits.update(tuple(right[:depth]) for depth in range(1, len(right) + 1))
     return hits
+
+def noise_given(logits: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
+    """Gumbel noise under the condition that argmax(logits + noise) is these ids: logits [.., V], ids [..] → [.., V].
+    The largest sum is Gumbel with the logits' logsumexp as location, whichever token has it; all others are cut off
+    there (Maddison, Tarlow and Minka 2014)."""
+    gumbel = lambda like: -torch.log(-torch.log(torch.rand(like.shape, generator=generator).clamp(min=1e-30)))
+    largest = logits.logsumexp(-1, keepdim=True)
+    largest = largest + gumbel(largest)
+    noise = gumbel(logits)
+    noise = torch.where(logits > -torch.inf, -torch.logaddexp(-largest, -(logits + noise)) - logits, noise)
+    return noise.scatter(-1, ids[..., None], largest - logits.gather(-1, ids[..., None]))
 
 def grow_tree(hits: dict[tuple, int], nodes: int, deepest: int = DEEPEST) -> list[list[int]]:
     """The `nodes` paths that were right most often: a tree, since a path is right only where its ancestors are, and of

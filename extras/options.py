@@ -4,6 +4,7 @@ from pathlib import Path
 from extras.command_line import SEED, ArgumentParser, device, number, threads
 from loading.config import DTYPES
 from loading.documents import HELD_OUT
+from loading.export import LAYOUTS
 from loading.files import UserError
 from loading.heads import KINDS
 
@@ -25,7 +26,8 @@ def text_argument(text: str) -> str:
 def generate_options(parser: ArgumentParser) -> None:
     add, flag = parser.add_argument, lambda name, help: parser.add_argument(name, action="store_true", help=help)
     add("--model", default=MODEL, help="folder or hub id")
-    add("--heads", help="folder, hub id or 'none' (default: medusa/ in the model's folder)")
+    add("--heads", help="folder, hub id, 'none', or 'lookup': what followed the longest earlier match in the text "
+        "(default: medusa/ in the model's folder)")
     add("--revision", help="of the model on the hub")
     add("--prompt", action="append", type=text_argument, metavar="TEXT", help="may be repeated")
     add("--prompts-file", type=Path, metavar="FILE", help='one prompt a line; of a .jsonl a string or {"prompt": ..}')
@@ -38,7 +40,8 @@ def generate_options(parser: ArgumentParser) -> None:
     add("--delta", type=number(float, 1e-9, 1e9), default=0.3, help="of typical acceptance")
     add("--top-k", type=number(int, 0), default=0, help="0: no limit")
     add("--top-p", type=number(float, 1e-9, 1), default=1.0)
-    add("--seed", type=SEED, default=0, help="prompt i draws from seed + i")
+    add("--seed", type=SEED, default=0, help="text i draws from seed + i")
+    add("--samples", type=number(int, 1, 4096), default=1, help="texts for each prompt")
     add("--tune", type=Path, metavar="FILE", help="openings, one a line: write the tree that decodes such texts "
         "fastest here to --tree (default: tree.json beside the heads) and stop")
     add("--tree", metavar="JSON|FILE", help="list of paths of ranks, or an object with 'paths' (default: tree.json in "
@@ -69,6 +72,8 @@ def check_generate_options(args) -> None:
             raise UserError(f"{option} does not go with {', '.join(sorted(wrong))}: leave out one or the other")
     if args.batch_size > 1 and not (args.prompts_file or args.tune):
         raise UserError("--batch-size needs --prompts-file (or --tune)")
+    if args.samples > 1 and (args.interactive or args.tune or args.temperature == 0):
+        raise UserError("--samples are texts for --prompt or --prompts-file that differ: add --temperature")
 
 def prepare_options(parser: ArgumentParser) -> None:
     add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
@@ -90,19 +95,24 @@ def prepare_options(parser: ArgumentParser) -> None:
     add("--temperature", type=number(float, 0), default=0.0)
     add("--seed", type=SEED, default=0, help="item i of the source draws from seed + i")
     add("--batch-size", type=number(int, 1), default=128, help="rows written at once")
+    add("--dtype", choices=DTYPES, help="of the model that writes (default: float32 on the CPU, else the checkpoint's)")
     add("--device", type=device, default="cpu")
+    add("--threads", type=threads, default="auto", help="of that model: a number, or auto: measured at start")
 
 def train_options(parser: ArgumentParser) -> None:
     add, flag = parser.add_argument, lambda name, help: parser.add_argument(name, action="store_true", help=help)
     add("--model", default=MODEL, help="the base model: folder or hub id")
-    add("--data", nargs="+", required=True, metavar="FILE", help="token files of prepare_data.py")
+    add("--data", nargs="+", metavar="FILE", help="token files of prepare_data.py")
     add("--out", required=True, metavar="FOLDER", help="the heads' folder; with --medusa-2 the new model's")
     flag("--eval", "train nothing: what the heads in --out are worth on all of --data")
+    add("--export", nargs=2, default=argparse.SUPPRESS, metavar=("LAYOUT", "FOLDER"), help="train nothing: write the "
+        f"heads in a folder to --out for another program; LAYOUT: {', '.join(LAYOUTS)}")
     flag("--json", "print the result as one JSON object")
     add("--kind", choices=KINDS, default="medusa", help="heads also see: nothing, the root, all drafts before")
     add("--num-heads", type=number(int, 1, 64), default=4)
     add("--num-layers", type=number(int, 1), default=1, help="residual blocks per head")
     add("--width", type=number(int, 1), help="inner width of the blocks (default: square, the paper's)")
+    add("--trunk", type=number(int, 1), help="inner width of a first block that all heads share")
     flag("--tie-lm-head", "use the base model's lm_head, not a matrix per head")
     add("--recent", type=number(int, 1, 64), default=1, help="hidden states that a head sees, of the last positions")
     add("--draft-vocab", type=number(int, 1), metavar="N", help="only the N most frequent tokens can be drafted")
@@ -112,7 +122,7 @@ def train_options(parser: ArgumentParser) -> None:
     add("--lr", type=number(float, 0, 10), default=1e-3, help="of the heads")
     add("--base-lr", type=number(float, 0, 10), default=1e-4, help="of the base model (--medusa-2)")
     add("--schedule", choices=("cosine", "constant"), default="cosine")
-    add("--warmup", type=number(int, 0), default=40, help="steps")
+    add("--warmup", type=number(int, 0), help="steps (default: 40, at most a tenth of the run)")
     add("--decay", type=number(float, 0), default=0.8, help="head k's loss counts coefficient * decay**k")
     add("--coefficient", type=number(float, 0), default=0.2)
     add("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient, 0: no limit")
@@ -126,3 +136,13 @@ def train_options(parser: ArgumentParser) -> None:
     add("--log-every", type=number(int, 1), default=20, help="steps between lines of metrics.jsonl")
     add("--seed", type=SEED, default=0)
     add("--device", type=device, default="cpu")
+
+def check_train_options(parser: ArgumentParser, args) -> None:
+    if "export" not in args:
+        return args.data or parser.error("the following arguments are required: --data")
+    wrong = [f"--{name.replace('_', '-')}" for name, value in vars(args).items()
+             if name not in ("export", "model", "out") and value != parser.get_default(name)]
+    if wrong:
+        raise UserError(f"--export does not go with {', '.join(wrong)}: leave out one or the other")
+    if args.export[0] not in LAYOUTS:
+        raise UserError(f"--export: the layout {args.export[0]!r} is none of {', '.join(LAYOUTS)}")

@@ -1,13 +1,16 @@
 """What a training does besides learning: stop and resume, keep others out, several processes, files, reports."""
+import hashlib
 import math
 import os
 import signal
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 try:
     import fcntl
 except ImportError:     # not on every system
     fcntl = None
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,6 +19,7 @@ from extras.forecast import grow_tree, joint_hits
 from llama import Llama
 from loading.checkpoint import TORCH_DTYPES
 from loading.files import UserError, locate, model_name, read_json, write_atomic, write_json
+from loading.trees import with_temperatures
 from tinymedusa import MedusaHeads, Tree
 from variants.heads import save as save_heads
 
@@ -65,6 +69,25 @@ def interruptible():
     finally:
         for n, handler in before.items():
             signal.signal(n, handler)
+
+reserve = getattr(os, "posix_fallocate", lambda file, begin, size: os.truncate(file, size))
+
+def hidden_file(model: Llama, path, tokens: int) -> np.memmap:
+    """The base model's hidden states of a token file, FILE.hidden-.. beside it, float16 [tokens, H], zeros where they
+    are not known yet; its name says of which weights and which text. Its size is announced and reserved."""
+    digest = hashlib.sha256(f"{model.config} {read_json(f'{path}.json')['sha256']}".encode())
+    for weight in model.parameters():
+        digest.update(weight.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    file, size = Path(f"{path}.hidden-{digest.hexdigest()[:8]}"), 2 * tokens * model.config.hidden_size
+    if shard()[0] == 0 and (not file.exists() or file.stat().st_size < size):
+        print(f"{file}: the hidden states of {tokens} tokens take {size / 1e6:.1f} MB; keep them for the next training "
+              "on this text, or delete them", file=sys.stderr)
+    try:
+        with open(file, "ab") as opened:
+            reserve(opened.fileno(), 0, size)           # a mapped file that finds no room ends the process
+    except OSError as error:
+        raise UserError(f"can't write {file}, {size / 1e6:.1f} MB: {error.strerror}") from error
+    return np.memmap(file, np.float16, "r+", shape=(tokens, model.config.hidden_size))
 
 def settings(args) -> dict:
     """What a resumed training must share with the one it goes on with; of the data, the contents."""
@@ -120,22 +143,28 @@ def save_results(args, model: Llama, heads: MedusaHeads) -> Path:
     save_heads(folder, heads, model, model_name(out), torch.float32)
     return folder
 
-def save_tree(folder: Path, ranks: list, own: list, nodes: int) -> Tree:
-    paths = grow_tree(joint_hits(ranks), nodes)
-    write_json(folder / "tree.json", {"paths": paths, "source": f"joint hits at {sum(map(len, own))} held-out places "
-                                      "of the heads' own data"})
-    return Tree.from_paths(paths)
+def save_trees(folder: Path, found: dict, nodes: int) -> dict:
+    """Writes tree.json, a tree for each temperature → the trees. found: temperature → (figures, ranks, own)."""
+    entries = {t: {"paths": grow_tree(joint_hits(ranks), nodes), "sampling": {"temperature": t},
+                   "source": f"joint hits at {sum(map(len, own))} held-out places of the heads' own data"}
+               for t, (_, ranks, own) in found.items()}
+    write_json(folder / "tree.json", with_temperatures(entries))
+    return {t: Tree.from_paths(entry["paths"]) for t, entry in entries.items()}
 
 def report(result: dict) -> str:
-    lines = [f"{result['out']}: {result['kind']}, {result['parameters']} parameters; {result['documents']} documents",
-             f"base model: {result['base_loss']} nats per token",
-             "top: share of the tokens to learn among the head's first 1, 2, .. 10 guesses",
-             "head   loss  " + "".join(f"{f'top-{r}':>7}" for r in range(1, 11))]
-    lines += [f"{k:>4}{loss:>7.3f}  " + "".join(f"{v:>7.3f}" for v in top)
-              for k, (loss, top) in enumerate(zip(result["head_loss"], result["top"], strict=True), 1)]
-    found = result["acceptance"]
-    lines += [f"tree of {found['nodes']} nodes, root included: {found['tokens_per_step']} tokens per step",
-              "  = new tokens behind the first / steps, had the model written these very documents (prompts given)",
-              "steps that accept at least 0, 1, .. drafts: " + " ".join(f"{v:.3f}" for v in found["depth_reach"]),
-              "steps that accept the node: " + "  ".join(f"[{n}] {v:.3f}" for n, v in found["node_reach"].items())]
+    lines = [f"{result['out']}: {result['kind']}, {result['parameters']} parameters"]
+    for found in (result, *result["sampled"]):
+        lines += [f"temperature {found['temperature']}: {found['documents']} documents",
+                  f"base model: {found['base_loss']} nats per token",
+                  "top: share of the tokens to learn among the head's first 1, 2, .. 10 guesses",
+                  "head   loss  " + "".join(f"{f'top-{r}':>7}" for r in range(1, 11))]
+        lines += [f"{k:>4}{loss:>7.3f}  " + "".join(f"{v:>7.3f}" for v in top)
+                  for k, (loss, top) in enumerate(zip(found["head_loss"], found["top"], strict=True), 1)]
+        lines += accepted(found["acceptance"])
     return "\n".join(lines)
+
+def accepted(found: dict) -> list[str]:
+    return [f"tree of {found['nodes']} nodes, root included: {found['tokens_per_step']} tokens per step",
+            "  = new tokens behind the first / steps, had the model written these very documents (prompts given)",
+            "steps that accept at least 0, 1, .. drafts: " + " ".join(f"{v:.3f}" for v in found["depth_reach"]),
+            "steps that accept the node: " + "  ".join(f"[{n}] {v:.3f}" for n, v in found["node_reach"].items())]

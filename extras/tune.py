@@ -6,14 +6,14 @@ from itertools import islice
 from pathlib import Path
 import torch
 from tqdm import tqdm
-from extras.command_line import set_threads
+from extras.command_line import row_seed, set_threads
 from extras.forecast import grow_tree, joint_hits, simulate
 from llama import Llama
 from loading.config import check_prompts
 from loading.documents import Document, document, openings_of
 from loading.files import UserError, read_json, write_json
 from loading.tokenizer import Tokenizer
-from loading.trees import drawing
+from loading.trees import by_temperature, drawing, with_temperatures
 from tinymedusa import Decoder, MedusaHeads, PlainDecoder, Tree
 from variants import batches
 
@@ -24,8 +24,8 @@ def own_texts(model: Llama, tokenizer: Tokenizer, args) -> list[Document]:
     if len(openings) < 4:
         raise UserError(f"{args.tune} holds {len(openings)} openings: --tune needs at least 4, better 200, one a line")
     check_prompts(openings, model.config)
-    openings = sorted(enumerate(openings, args.seed), key=lambda opening: len(opening[1]))
-    seeds, prompts = zip(*openings, strict=True)
+    prompts = sorted(openings, key=len)
+    seeds = [row_seed(args.seed, i) for i in range(len(prompts))]
     steps = batches.generate(PlainDecoder(model, args.sampling), prompts, args.max_new_tokens, seeds, batch_size=64)
     bar = tqdm(batches.finished(steps), desc="writing texts", total=len(prompts))
     new = {i: sum(ids, []) for i, ids, _ in bar}
@@ -63,7 +63,7 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads | None, path: st
                         "--tune forecasts acceptance by match: leave out --acceptance")
     documents = own_texts(model, tokenizer, args)
     halves = documents[::2], documents[1::2]
-    ranks, own = zip(*(evaluate(model, heads, half, 4096)[1:] for half in halves), strict=True)
+    ranks, own = zip(*(evaluate(model, heads, half, 4096, args.sampling)[1:] for half in halves), strict=True)
     hits = joint_hits(ranks[0])
     trees = grown_trees(hits, heads)
     if not trees or not any(map(torch.any, own[1])):
@@ -91,8 +91,12 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads | None, path: st
         "threads": torch.get_num_threads(), "hits": [round(hits[tuple(p)] / places, 5) for p in paths],
         "chosen": chosen, "plain_step_ms": round(1000 * plain, 4), "candidates": rows}
     before = read_json(path) if Path(path).is_file() else {}
-    top = {"paths": paths} if name == "cpu" else {"paths": paths} | before
-    write_json(path, top | {"modes": before.get("modes", {}) | {name: tuned}})
+    modes = before.get("modes", {})
+    found = by_temperature(modes[name]) if name in modes else {}
+    entry = with_temperatures(found | {args.temperature: tuned})
+    plain_entries = {t: {"paths": e["paths"], "sampling": {"temperature": t}} for t, e in by_temperature(entry).items()}
+    top = with_temperatures(plain_entries)          # for library users and other devices
+    write_json(path, (top if name == "cpu" else top | before) | {"modes": modes | {name: entry}})
     if args.json:
         return print(json.dumps({"tree": path, "mode": name, **tuned}))
     print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}\n"

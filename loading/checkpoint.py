@@ -144,3 +144,14 @@ def save(folder, fields: dict, parameters: dict[str, Tensor], dtype: torch.dtype
     stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_tensors(Path(folder) / "model.safetensors", tensors)
     write_json(Path(folder) / "config.json", to_json(fields | {"dtype": stored}))
+
+def entire(pieces) -> dict:
+    """What `Checkpoint.read` yields, put together: name → tensor."""
+    found = {}
+    for name, _, values in pieces:
+        found.setdefault(name, []).append(values)
+    return {name: torch.cat(values) for name, values in found.items()}
+
+def check_token_map(ids, vocab_size: int, source: str) -> None:
+    if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) < len(ids):
+        raise UserError(f"{source}: token_map must hold different ids below {vocab_size}")

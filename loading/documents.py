@@ -3,9 +3,11 @@
 A token file FILE is what nanoGPT's readers expect, the ids of all documents one behind the other as uint16 or uint32.
 Beside it: FILE.loss, a byte per token, 1 where heads learn the token, 0 where it is a prompt or bos; FILE.starts, a
 uint64 per document, where it begins; FILE.json, hashes, counts and source, written last: without it nothing is whole.
+FILE.partial is what the model has written for FILE before a stop.
 """
 import hashlib
 import json
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 import numpy as np
@@ -15,16 +17,19 @@ BATCH = 2 ** 20         # characters tokenised at once, and the length at which 
 HELD_OUT = 50           # every 50th document of a source without splits of its own is its validation split
 
 class Document:
-    """The ids of a document, or of several; which tokens carry loss; which begin a document. All of one length."""
-    def __init__(self, ids, loss, starts=None):
+    """The ids of a document, or of several; which tokens carry loss; which begin a document. All of one length. hidden:
+    the base model's hidden states [length, H], where they are kept. temperature: that the base model wrote it at."""
+    def __init__(self, ids, loss, starts=None, hidden=None, temperature: float | None = None):
         self.ids, self.loss = np.asarray(ids), np.broadcast_to(np.asarray(loss, bool), len(ids))
         self.starts = np.arange(len(ids)) == 0 if starts is None else starts
+        self.hidden, self.temperature = hidden, temperature
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, part: slice) -> "Document":
-        return Document(self.ids[part], self.loss[part], self.starts[part])
+        hidden = None if self.hidden is None else self.hidden[part]
+        return Document(self.ids[part], self.loss[part], self.starts[part], hidden, self.temperature)
 
     @classmethod
     def joined(cls, documents: list) -> "Document":
@@ -64,6 +69,28 @@ def write_tokens(path, documents, tokenizer, vocab_size: int, source: dict) -> d
     write_json(facts, data)
     return data
 
+class Partial:
+    """FILE.partial: a line about the run, then one for each text that the model has finished, appended at once. The run
+    of the same source and contents goes on after a stop; a line cut short counts as none, its text is written again."""
+    def __init__(self, path, source: dict, contents):
+        digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+        self.path, self.header, self.texts = Path(f"{path}.partial"), json.dumps(source | {"contents": digest}), {}
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.exists() else []
+        for line in lines[1:]:
+            with suppress(ValueError, TypeError, OverflowError):
+                turn, key, ids = json.loads(line)
+                self.texts[turn, key] = np.array(ids, np.int32)
+        if lines and not self.texts:
+            self.path.unlink()
+        elif lines and lines[0] != self.header:
+            raise UserError(f"{self.path} is left from a stopped run with other options, files or another model: "
+                            "run that command again, or delete it")
+
+    def add(self, turn: int, key: int, ids: list) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(("" if file.tell() else self.header) + f"\n{json.dumps([turn, key, ids])}")
+        self.texts[turn, key] = np.array(ids, np.int32)
+
 def read_tokens(path, tokenizer) -> list[Document]:
     """The documents of a token file, as views of the mapped files. Raises UserError: no such file, not whole, damaged,
     of an older version, or written with another tokenizer."""
@@ -75,7 +102,7 @@ def read_tokens(path, tokenizer) -> list[Document]:
     data = read_json(facts)
     tokens, documents = (data.get(key) if type(data.get(key)) is int else 0 for key in ("tokens", "documents"))
     if data.get("dtype") not in ("uint16", "uint32") or not data.get("sha256") or not tokens or not documents \
-            or not loss_file.is_file() or not starts_file.is_file():
+            or not loss_file.is_file() or not starts_file.is_file() or not isinstance(data.get("source", {}), dict):
         raise UserError(f"{facts}: not a token file of this version: prepare it again")
     if data.get("tokenizer_sha256") != tokenizer.sha256():
         raise UserError(f"{path} was written with another tokenizer than {tokenizer.path}: prepare it for this model")
@@ -94,7 +121,9 @@ def read_tokens(path, tokenizer) -> list[Document]:
             digest.update(ids[begin:end].tobytes() + loss[begin:end].tobytes())
     if digest.hexdigest() != data["sha256"]:        # two runs that wrote it at once, for one
         raise UserError(f"{path} is not what {facts.name} says: prepare it again")
-    return [Document(ids[begin:end], loss[begin:end]) for begin, end in spans]
+    source = data.get("source", {})
+    temperature = source.get("temperature", 0.0) if source.get("distill") or source.get("openings") else None
+    return [Document(ids[begin:end], loss[begin:end], temperature=temperature) for begin, end in spans]
 
 def read_lines(path):
     """The lines of a UTF-8 text file, streamed."""

@@ -74,6 +74,8 @@ def replacing(*paths):
             os.replace(written, at)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, RuntimeError) and "allocate" in str(error):
+            raise                                    # not of writing: what is written was still being computed
         if isinstance(error, RuntimeError):
             reason = "torch could not write all of it: is the disk full?"
         raise UserError(f"can't write {at}: {reason}") from error

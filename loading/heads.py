@@ -1,4 +1,4 @@
-"""Heads on disk: our own folders, the official v0.1 files, heads inside a whole model (1.0); every check of them."""
+"""Heads on disk: our own folders, the official v0.1 files, heads inside a whole model (1.0), vLLM's; every check."""
 import re
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ import torch
 from loading.checkpoint import HEADS_INSIDE, Checkpoint, open_tensors, weight_files
 from loading.config import MOST
 from loading.files import UserError, locate, read_json, write_json, write_tensors
+from loading.vllm import VLLM_BLOCK, VLLM_KEYS, VllmHeads, official_config, official_names, vllm_name, without_bias
 
 KINDS = ("medusa", "root", "hydra")     # what a head sees beside the hidden state: see variants/heads.py
 
@@ -14,30 +15,65 @@ def find_heads(name_or_path, model_config, revision=None) -> Checkpoint:
     names, and their tensors by the official names; none is read yet. UserError: the config disagrees, or the model is
     of another shape."""
     config = read_json(locate(name_or_path, "config.json", revision))
+    config = official_config(config, model_config.vocab_size) if config.get("model_type") == "medusa" else config
     check_heads_config(config, name_or_path, model_config)
     source = f"heads {name_or_path}"
     found = open_tensors(head_files(name_or_path, config, revision), source)
-    if "model_type" in config:                              # the base model's tensors are in the same files
+    if is_whole(config):                                    # the base model's tensors are in the same files
         found = {n: stored for n, stored in found.items() if n.startswith(HEADS_INSIDE)}
-    found = {n.removeprefix(HEADS_INSIDE): stored for n, stored in found.items()}
+    found = {n.removeprefix(HEADS_INSIDE).removeprefix("medusa_heads."): stored for n, stored in found.items()}
+    of_vllm = any(map(VLLM_BLOCK.match, found))
+    found = official_names(found, config) if of_vllm else found
     num_heads, num_layers, tied = count_heads(found, config, source)
-    return Checkpoint(source, {
+    options = {
         "num_heads": num_heads, "num_layers": num_layers, "tie_lm_head": tied, "width": config.get("medusa_width"),
         "kind": config.get("medusa_kind") or "medusa", "recent": config.get("medusa_recent") or 1,
-        "draft_size": config.get("draft_vocab_size")}, found)
+        "trunk": config.get("medusa_trunk"),
+        "draft_size": config.get("draft_vocab_size")}
+    share(found, num_heads, num_layers, config)
+    if not of_vllm:
+        return Checkpoint(source, options, found)
+    if not (config.get("medusa_fc_bias") or any(name.endswith(".bias") for name in found)):
+        found |= without_bias(num_heads, num_layers, model_config.hidden_size)
+    return VllmHeads(source, options, found, vllm_name)
+
+def is_whole(config: dict) -> bool:
+    """Whether a config.json is that of a whole model: heads alone have no model_type, or medusa."""
+    return config.get("model_type") not in (None, "medusa")
+
+def heads_inside(name_or_path, revision=None) -> bool:
+    """Whether a model has heads among its own tensors, which its config may keep to itself."""
+    config = read_json(locate(name_or_path, "config.json", revision))
+    names = open_tensors(weight_files(name_or_path, revision), f"model {name_or_path}")
+    return "medusa_num_heads" in config or any(name.startswith(HEADS_INSIDE) for name in names)
+
+def share(found: dict, num_heads: int, num_layers: int, config: dict) -> None:
+    """Give to all what is stored once: vLLM's shared matrix; the official code's blocks of a head, which are one
+    module, so that safetensors keep one of them."""
+    if config.get("original_lm_head") and (matrix := found.get(f"0.{num_layers}.weight")):
+        found |= {f"{k}.{num_layers}.weight": matrix for k in range(num_heads)}
+    blocks = {name: stored for name, stored in found.items() if ".linear." in name}
+    if is_whole(config) and len(blocks) == 2 * num_heads:       # a weight and a bias for each head
+        for name, stored in blocks.items():
+            k, _, rest = name.split(".", 2)
+            for j in range(num_layers):
+                found.setdefault(f"{k}.{j}.{rest}", stored)
 
 def check_heads_config(config: dict, name_or_path, model_config) -> None:
     whole = lambda v: type(v) is int and 1 <= v <= MOST
+    counted = lambda v: whole(v) or v is None and "model_type" in config        # then the tensors' names tell
+    spelled = lambda key: VLLM_KEYS[key] if VLLM_KEYS.get(key) in config and not is_whole(config) else key
     vocab_size = model_config.vocab_size
     for key, fits, expected in (
-            ("medusa_num_heads", whole, "a whole number"), ("medusa_num_layers", whole, "a whole number"),
+            ("medusa_num_heads", counted, "a whole number"), ("medusa_num_layers", counted, "a whole number"),
             ("tie_lm_head", lambda v: v in (None, True, False), "true or false"),
             ("medusa_width", lambda v: v is None or whole(v), "a whole number or null"),
             ("medusa_kind", lambda v: v in (None, *KINDS), f"one of {', '.join(KINDS)}"),
             ("medusa_recent", lambda v: v is None or whole(v), "a whole number"),
+            ("medusa_trunk", lambda v: v is None or whole(v), "a whole number or null"),
             ("draft_vocab_size", lambda v: v is None or whole(v) and v <= vocab_size, "at most the vocabulary")):
         if not fits(config.get(key)):
-            raise UserError(f"{name_or_path}: not Medusa heads, config.json has {key} {config.get(key)!r}, "
+            raise UserError(f"{name_or_path}: not Medusa heads, config.json has {spelled(key)} {config.get(key)!r}, "
                             f"expected {expected}")
     for key in ("hidden_size", "vocab_size"):
         size = getattr(model_config, key)
@@ -47,43 +83,42 @@ def check_heads_config(config: dict, name_or_path, model_config) -> None:
 
 def head_files(name_or_path, config: dict, revision=None) -> list[Path]:
     """Where heads are kept: ours, the official ones beside a config (v0.1), or inside a whole model's files (v1.0)."""
-    if "model_type" in config:
-        return weight_files(name_or_path, revision)
-    for name in ("model.safetensors", "medusa_lm_head.safetensors", "medusa_lm_head.pt"):
+    names = () if is_whole(config) else ("model.safetensors", "medusa_lm_head.safetensors", "medusa_lm_head.pt")
+    for name in names:
         if file := locate(name_or_path, name, revision, required=False):
             return [file]
-    return [locate(name_or_path, "model.safetensors", revision)]
+    return weight_files(name_or_path, revision)
 
 def count_heads(found: dict, config: dict, source: str) -> tuple[int, int, bool]:
     """The number of heads and of blocks by the tensors' names, and whether there is no vocabulary matrix. Published
     configs name fewer heads than their files hold: all are used, and a line on stderr says so."""
-    blocks = [re.fullmatch(r"(\d{1,9})\.(\d{1,9})\.(?:linear|up)\.weight", name) for name in found]
-    numbers = [tuple(map(int, match.groups())) for match in blocks if match]
+    numbers_in = lambda name: [tuple(map(int, m.groups())) for m in map(re.compile(name).fullmatch, found) if m]
+    numbers = numbers_in(r"(\d{1,9})\.(\d{1,9})\.(?:linear|up)\.weight")
     if not numbers:
-        raise UserError(f"{source}: no Medusa heads among its tensors, expected names such as 0.0.linear.weight")
+        raise UserError(f"{source}: not Medusa heads: no Medusa heads among its tensors, expected names such as "
+                        "0.0.linear.weight")
     num_heads, num_layers = (1 + max(column) for column in zip(*numbers, strict=True))
-    if num_heads * num_layers > len(found):
+    matrices, most = numbers_in(r"0\.(\d{1,9})\.weight"), len(found)
+    if is_whole(config) and matrices and len(numbers) == num_heads:     # one block of each head is stored: see `share`
+        (num_layers,), most = max(matrices), 64 * num_heads
+    if num_heads * num_layers > most:
         raise UserError(f"{source}: the tensors' names tell {num_heads} heads of {num_layers} blocks, but there are "
                         f"only {len(found)} tensors")
-    tied, stated = f"0.{num_layers}.weight" not in found, config["medusa_num_heads"]
+    tied, stated = f"0.{num_layers}.weight" not in found, config.get("medusa_num_heads") or num_heads
     if stated < num_heads:
         print(f"{source}: config.json says {stated} heads, the file holds {num_heads}: all are used", file=sys.stderr)
     for key, value, fits in (("medusa_num_heads", num_heads, stated <= num_heads),
-                             ("medusa_num_layers", num_layers, config["medusa_num_layers"] == num_layers),
+                             ("medusa_num_layers", num_layers, config.get("medusa_num_layers") in (None, num_layers)),
                              ("tie_lm_head", tied, config.get("tie_lm_head") in (None, tied))):
         if not fits:
             raise UserError(f"{source}: config.json has {key} {config[key]!r}, the tensors tell {value!r}")
     return num_heads, num_layers, tied
 
-def check_token_map(ids, vocab_size: int, source: str) -> None:
-    if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) < len(ids):
-        raise UserError(f"{source}: token_map must hold different ids below {vocab_size}")
-
 def base_of(name_or_path, revision=None) -> str | None:
     """The model that some heads belong to, if the name is that of heads alone, as published: else None."""
     config = read_json(locate(name_or_path, "config.json", revision))
     base = config.get("base_model_name_or_path")
-    return base if isinstance(base, str) and "model_type" not in config else None
+    return base if isinstance(base, str) and not is_whole(config) else None
 
 def save_heads(folder, tensors: dict, config: dict, dtype: torch.dtype | None) -> None:
     """`model.safetensors` and `config.json`: the weights first, so that no config is ever without them."""

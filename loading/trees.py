@@ -38,10 +38,31 @@ def check_paths(paths, num_heads: int, vocab_size: int) -> list[list[int]]:
             raise UserError(f"tree: path {list(p)} has rank {max(p)}, the vocabulary only {vocab_size} entries")
     return paths
 
-def parse_tree(text, mode: str | None = None, rows: int = 1) -> tuple[list, str | None]:
+def written_for(entry: dict) -> float:
+    """The temperature of an entry of tree.json."""
+    sampling = entry.get("sampling")
+    temperature = sampling.get("temperature") if isinstance(sampling, dict) else None
+    return temperature if isinstance(temperature, (int, float)) else 0.0
+
+def with_temperatures(entries: dict) -> dict:
+    """One entry of tree.json for several temperatures: that of the lowest, the others by their temperature in it."""
+    lowest = min(entries)
+    others = {str(t): entry for t, entry in sorted(entries.items()) if t != lowest}
+    return entries[lowest] | ({"temperatures": others} if others else {})
+
+def by_temperature(entry: dict) -> dict:
+    """temperature → entry, of an entry for one or for several. UserError: they are no numbers and objects."""
+    others = entry.get("temperatures", {})
+    try:
+        found = {written_for(entry): entry} | {float(t): dict(other) for t, other in others.items()}
+        return {t: {k: v for k, v in other.items() if k != "temperatures"} for t, other in found.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError("the tree: 'temperatures' must be an object of objects by temperature") from None
+
+def parse_tree(text, mode: str | None = None, rows: int = 1, temperature: float = 0.0) -> tuple[list, str | None]:
     """A tree from JSON, text or a file: a list of paths, or an object whose `paths` is one → the paths and a remark.
     Where such an object has been tuned for `mode` ("cpu", "cpu batch 8", ..), in `modes`, that entry's count: the one
-    for this number of rows, or the next fewer."""
+    for this number of rows, or the next fewer; of an entry for several temperatures, the nearest."""
     source = str(text).strip()
     if source[:1] not in ("[", "{"):
         try:
@@ -59,19 +80,24 @@ def parse_tree(text, mode: str | None = None, rows: int = 1) -> tuple[list, str 
         raise UserError("the tree: 'modes' must be an object of objects")
     named = {name: re.fullmatch(rf"{mode}(?: batch (\d{{1,9}}))?", name) for name in modes}
     tuned = {int(match[1] or 1): modes[name] for name, match in named.items() if match}
-    tree = tuned.get(max((n for n in tuned if n <= rows), default=None), tree)
+    found = by_temperature(tuned.get(max((n for n in tuned if n <= rows), default=None), tree))
+    nearest = min(found, key=lambda t: (abs(t - temperature), t))
+    tree = found[nearest]
     if "paths" not in tree:
         raise UserError("the tree is a JSON object without the key 'paths'")
-    return tree["paths"], tree.get("remark")
+    remarks = [tree["remark"]] if "remark" in tree else []
+    remarks += [f"for temperature {nearest}"] if len(found) > 1 else []
+    return tree["paths"], ", ".join(map(str, remarks)) or None
 
-def read_tree(folder, num_heads: int, vocab_size: int, given=None, mode: str | None = None, rows: int = 1):
+def read_tree(folder, num_heads: int, vocab_size: int, given=None, mode: str | None = None, rows: int = 1,
+              temperature: float = 0.0):
     """The checked paths for some heads and where they are from: `given` (JSON or a file), else `tree.json` in their
     folder, else the published tree. What was tuned for `mode` and the rows may be empty: plain decoding is faster."""
     source = given if given is not None else locate(folder, "tree.json", required=False)
     if source is None:
         return published_tree(num_heads, vocab_size=vocab_size), "mc_sim_7b_63, published"
     try:
-        paths, remark = parse_tree(source, mode, rows)
+        paths, remark = parse_tree(source, mode, rows, temperature)
         return check_paths(paths, num_heads, vocab_size), f"{source}: {remark}" if remark else str(source)
     except UserError as error:
         raise error if source is given else UserError(f"{source}: {error}") from error

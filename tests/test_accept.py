@@ -6,6 +6,7 @@ from itertools import islice
 import pytest
 import torch
 
+import tinymedusa
 from tinymedusa import (
     GREEDY,
     ROOT,
@@ -128,6 +129,19 @@ def test_warp_against_its_definition(temperature, top_k, top_p):
         want = slow_warp(expected, temperature, top_k, top_p)
         assert row == pytest.approx([w / sum(want) for w in want], abs=1e-12)
         assert [p > 0 for p in row] == [w > 0 for w in want]
+
+
+@pytest.mark.parametrize("size, spread", [(63, 0.1), (64, 0.1), (65, 0.1), (1025, 0.1), (3000, 0.1), (3000, 4.0)])
+def test_warp_of_a_large_vocabulary(size, spread):
+    """Where the nucleus is larger than what is looked at first, or ties reach beyond it; each row as alone."""
+    logits = spread * torch.randn(6, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    logits[1::2] = logits[1::2].round(decimals=1 if spread < 1 else 0)
+    for limits in ((0, 0.97), (0, 0.5), (0, 0.05), (size // 2, 0.9), (size, 0.9), (size + 1, 1.0), (70, 1.0)):
+        sampling = Sampling(0.9, *limits)
+        warped = warp(logits, sampling)
+        for row, expected in zip(warped, logits.tolist(), strict=True):
+            assert (row > -math.inf).tolist() == [w > 0 for w in slow_warp(expected, *sampling)]
+        assert torch.equal(torch.cat([warp(row[None], sampling) for row in logits]), warped)
 
 
 def test_top_k_alone_leaves_out_nothing_that_is_merely_rare():
@@ -285,6 +299,17 @@ def test_draws_follow_the_probabilities():
     print(f"24 chi-squares as normal deviates: mean {deviates.mean():.2f}, deviation {deviates.std():.2f}, "
           f"largest {deviates.abs().max():.2f}")
     assert deviates.mean().abs() < 0.8 and 0.5 < deviates.std() < 1.6 and deviates.abs().max() < 3.5
+
+
+def test_the_tail_of_the_noise_is_exact(monkeypatch):
+    """A token of p = 1e-8 is drawn where its noise exceeds about 18.4: so often must that be, and not only about."""
+    lowest = 2 ** torch.arange(32) - 1                                           # of the generator's upper 32 bits
+    monkeypatch.setattr(tinymedusa, "mix64", lambda z: z if z.dim() < 3 else lowest.expand(z.shape) << 32)
+    noise = gumbel_noise(torch.tensor([3]), torch.tensor([[0]]), 32)[0, 0].double()
+    reached = -torch.expm1(-torch.exp(-noise))                                   # P(at least that noise)
+    expected = (lowest + 0.5) / 2 ** 32                                          # numbers below, and half of this one
+    assert ((reached / expected)[:-1] - 1).abs().max() < 2e-5                    # the last: 1 - 2 ** -24, not 1
+    assert noise[5] > 18.4 > noise[6]                                            # 1e-8 is 43 of 2 ** 32 numbers
 
 
 def test_rare_tokens_are_drawn_at_their_rate():

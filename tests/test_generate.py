@@ -60,7 +60,7 @@ def random_heads(rng, model):
         return tiny_heads(model, noise=noise, num_layers=num_layers)
     return tiny_heads(model, noise=noise, num_layers=num_layers, width=rng.choice([None, 16]),
                       tie_lm_head=rng.random() < 0.5, kind=rng.choice(KINDS), recent=rng.choice([1, 1, 3]),
-                      token_map=rng.choice(TOKEN_MAPS))
+                      trunk=rng.choice([None, None, 16]), token_map=rng.choice(TOKEN_MAPS))
 
 
 def test_the_great_equality():

@@ -1,20 +1,25 @@
 """prepare_data.py: texts and conversations become token files; self-distilled text is the model's own."""
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TESTS, byte_tokenizer, tiny_heads, tiny_llama
+from tqdm import tqdm
 
 import prepare_data
 from llama import LlamaConfig
-from loading.documents import read_tokens, texts, write_tokens
+from loading.documents import Partial, beside, read_tokens, texts, write_tokens
 from loading.templates import SYSTEM
 from loading.tokenizer import Tokenizer
 from loading.trees import published_tree
-from prepare_data import answered_anew, continuations, opening, rendered, tokenised
+from prepare_data import answered_anew, continuations, continued, opening, rendered, tokenised
 from tinymedusa import Decoder, PlainDecoder, Sampling, Tree
 from variants import batches
 
@@ -118,10 +123,15 @@ def test_splits_and_limits(tiny_folder, tmp_path, cli):
 # ------------------------------------------------------------------------------------------------ self-distillation
 
 def writer(model, temperature, heads=None, limit=30):
+    """(turn, prompts) → the answers, two rows at a time."""
     decoder = PlainDecoder(model, Sampling(temperature))
     if heads is not None:
         decoder = Decoder(model, heads, Tree.from_paths(published_tree(len(heads))), Sampling(temperature))
-    return lambda prompts, seeds: batches.generate(decoder, prompts, limit, seeds)
+    return lambda turn, prompts: continued(prompts, lambda p, seeds: batches.generate(decoder, p, limit, seeds, 2))
+
+
+def bar(total):
+    return tqdm(total=total, file=io.StringIO())
 
 
 def written_alone(model, ids, temperature, seed, limit=30):
@@ -138,13 +148,13 @@ def with_loss(document):
 def test_self_distilled_text_is_what_each_opening_gives_alone(temperature, medusa):
     model = tiny_llama()
     openings = {5: [1, 4], 6: [1, 7, 8, 3, 5], 7: [1, 9, 9], 8: [1, 3, 3, 3], 19: [1, 6]}
-    write = writer(model, temperature, tiny_heads(model) if medusa else None)
-    documents = list(continuations(openings, write, batch_size=2))
+    answers, progress = writer(model, temperature, tiny_heads(model) if medusa else None), bar(5)
+    documents = list(continuations(openings, answers, progress))
     alone = []
     for seed, o in openings.items():
         new = written_alone(model, o, temperature, seed)
         alone.append([(t, False) for t in o] + [(t, True) for t in new])         # what the model wrote carries loss
-    assert sorted(map(with_loss, documents)) == sorted(alone)
+    assert list(map(with_loss, documents)) == alone and progress.n == 5          # in the openings' order
 
 
 def test_conversations_answered_anew(tokenizer):
@@ -152,7 +162,8 @@ def test_conversations_answered_anew(tokenizer):
     model = tiny_llama(8, vocab_size=300, max_position_embeddings=700)
     talks = {3: [["hi", "x"], ["and now?", "y"]], 4: [["a longer question", "z"]],
              9: [["q", "x"], ["r", "x"], ["s", "x"]]}
-    documents = list(answered_anew(talks, tokenizer, writer(model, 1.0, limit=200), 2, 700))
+    progress = bar(3)
+    documents = list(answered_anew(talks, tokenizer, writer(model, 1.0, limit=200), 700, progress))
     expected = []
     for seed, rounds in talks.items():
         ids, loss = [1], [False]
@@ -168,6 +179,15 @@ def test_conversations_answered_anew(tokenizer):
         expected.append(list(zip(ids, loss, strict=True)))
     assert list(map(with_loss, documents)) == expected and len(set(map(len, expected))) == 3
     assert sum(d.count((2, True)) for d in expected) >= 3                             # several answers ended with eos
+    assert progress.n == 3                                                       # each once, however it ended
+
+
+def test_questions_without_room(tokenizer):
+    """A conversation ends before one, or is none; the bar counts it all the same."""
+    talks = {0: [["a", "x"], ["b" * 900, "x"]], 1: [["c" * 900, "x"]], 2: [["d", "x"], ["e", "x"]]}
+    progress, answers = bar(3), lambda turn, prompts: ((key, [5, 2]) for key in reversed(prompts))
+    documents = list(answered_anew(talks, tokenizer, answers, 600, progress))
+    assert [(d.ids == 5).sum() for d in documents] == [1, 2] and progress.n == 3
 
 
 def test_openings_are_first_sentences():
@@ -219,3 +239,198 @@ def test_several_processes_share_the_openings(tiny_folder, tmp_path, cli, monkey
          str(ROOT / "prepare_data.py"), "--model", tiny_folder, "--text", tmp_path / "o.txt", "--separator", "-",
          "--out", tmp_path / "t.bin"], capture_output=True, text=True)
     assert done.returncode != 0 and "holds no text" in done.stderr               # one text for two processes
+
+
+# ------------------------------------------------------------------------------------------------- stopped, and again
+
+@pytest.fixture
+def distill(tiny_folder, tmp_path, cli):
+    """distill("a.bin", "--option", ..) → status, stderr; of 40 openings or, with --sharegpt, conversations."""
+    (tmp_path / "o.txt").write_text("\n".join(f"the dog {i}" for i in range(40)))
+    talks = [[f"{'x' * (i % 3)} {i}", "then"] for i in range(12)]
+    turns = lambda talk: [{"from": who, "value": text} for ask in talk for who, text in (("human", ask), ("gpt", "y"))]
+    (tmp_path / "talks.json").write_text(json.dumps([{"conversations": turns(talk)} for talk in talks]))
+
+    def run(out, *more):
+        source = [] if "--sharegpt" in more else ["--openings", tmp_path / "o.txt"]
+        status, _, err = cli("prepare_data", "--model", tiny_folder, *source, "--out", tmp_path / out, "--threads", 1,
+                             "--temperature", 1, "--max-new-tokens", 50, "--batch-size", 3, *more)
+        return status, err
+    return run
+
+
+def chat(tiny_folder, tmp_path):
+    """The options that answer conversations, and a model with room for them."""
+    tiny_llama(8, torch.float32, vocab_size=300, max_position_embeddings=400).save(tiny_folder)
+    return ["--sharegpt", tmp_path / "talks.json", "--distill", "--max-new-tokens", 120]
+
+
+def written(path):
+    return [file.read_bytes() for file in beside(path)]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many prompts each call of batches.generate was given."""
+    counts, generate = [], batches.generate
+    monkeypatch.setattr(batches, "generate", lambda decoder, prompts, *more: (
+        counts.append(len(prompts)), generate(decoder, prompts, *more))[1])
+    return counts
+
+
+def interrupted_at(monkeypatch, number, error):
+    """Partial.add raises before the text of that number is written."""
+    add, texts = Partial.add, []
+
+    def adding(self, *text):
+        texts.append(text)
+        if len(texts) == number:
+            raise error
+        add(self, *text)
+    monkeypatch.setattr(Partial, "add", adding)
+
+
+def test_a_run_stopped_by_sigterm_goes_on(distill, tiny_folder, tmp_path, asked):
+    """A process of its own, stopped in the middle: nothing passes for a token file, and then the very same files."""
+    assert distill("whole.bin")[0] == 0 and not list(tmp_path.glob("*.partial"))
+    partial = tmp_path / "a.bin.partial"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "prepare_data.py", "--model", tiny_folder, "--openings", "o.txt", "--out", "a.bin",
+         "--threads", "1", "--temperature", "1", "--max-new-tokens", "50", "--batch-size", "3"],
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not partial.exists() or partial.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    kept = partial.read_bytes().count(b"\n")
+    assert process.returncode == 143 and 5 <= kept < 40
+    assert err.endswith("texts: the same command goes on after them\nstopped\n"), err
+    assert int(err.split("a.bin.partial keeps ")[1].split()[0]) in (kept - 1, kept)      # one may just be written
+    assert [p.name for p in tmp_path.glob("*a.bin*")] == ["a.bin.partial"]
+    partial.write_bytes(partial.read_bytes() + b"\n[0, 39, [7, 7")               # as kill -9 might leave it
+    asked.clear()
+    assert distill("a.bin")[0] == 0 and asked == [40 - kept]
+    assert written(tmp_path / "a.bin") == written(tmp_path / "whole.bin") and not partial.exists()
+
+
+@pytest.mark.parametrize("source", ["openings", "conversations"])
+def test_it_goes_on_after_any_number_of_stops(source, distill, tiny_folder, tmp_path, asked, monkeypatch):
+    """Conversations too, answer by answer, in another batch and by heads."""
+    more = chat(tiny_folder, tmp_path) if source == "conversations" else []
+    assert distill("whole.bin", *more)[0] == 0
+    answers, steps = sum(asked), 0
+    assert len(asked) == (2 if more else 1) and (not more or 12 < answers < 24)
+    for number in (4, 1, answers // 2):
+        with monkeypatch.context() as patch:
+            interrupted_at(patch, number, KeyboardInterrupt())
+            status, err = distill("a.bin", *more)
+        steps += number - 1
+        assert status == 130 and f"a.bin.partial keeps {steps} texts: the same command goes on" in err
+    asked.clear()
+    assert distill("a.bin", *more, "--batch-size", 5, "--heads", tiny_folder / "medusa")[0] == 0
+    assert sum(asked) == answers - steps
+    assert written(tmp_path / "a.bin") == written(tmp_path / "whole.bin")
+
+
+def test_each_process_goes_on_after_its_own(distill, tmp_path, asked, monkeypatch):
+    assert distill("whole.bin")[0] == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, number in ("0", 7), ("1", 11):
+        monkeypatch.setenv("RANK", rank)
+        with monkeypatch.context() as patch:
+            interrupted_at(patch, number, SystemExit(143))
+            assert distill("a.bin")[0] == 143
+    asked.clear()
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert distill("a.bin")[0] == 0
+    assert asked == [20 - 6, 20 - 10] and not list(tmp_path.glob("*.partial"))
+    ids = [np.fromfile(tmp_path / f"{name}.bin", "uint16").tolist()
+           for name in ("whole", "a-00000-of-00002", "a-00001-of-00002")]
+    assert sorted(ids[0]) == sorted(ids[1] + ids[2])
+
+
+@pytest.mark.parametrize("other", ["option", "source", "model", "tokenizer"])
+def test_a_partial_file_of_another_run_is_not_mixed_in(other, distill, tiny_folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, 4, KeyboardInterrupt())
+        assert distill("a.bin")[0] == 130
+    before = (tmp_path / "a.bin.partial").read_bytes()
+    if other == "source":
+        (tmp_path / "o.txt").write_text("\n".join(f"the cat {i}" for i in range(40)))
+    elif other == "model":
+        tiny_llama(1, torch.float32, vocab_size=300, max_position_embeddings=64).save(tiny_folder)
+    elif other == "tokenizer":
+        (tiny_folder / "tokenizer.json").write_text((tiny_folder / "tokenizer.json").read_text() + " ")
+    status, err = distill("a.bin", *(["--temperature", 0.9] if other == "option" else []))
+    line = err.splitlines()[-1]
+    assert status == 2 and line.startswith("prepare_data.py: ") and line.endswith(
+        "a.bin.partial is left from a stopped run with other options, files or another model: run that command again, "
+        "or delete it")
+    assert (tmp_path / "a.bin.partial").read_bytes() == before and not (tmp_path / "a.bin").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- what it says
+
+def test_the_bar_moves_with_each_document(distill, tiny_folder, tmp_path, monkeypatch):
+    """Its total is the documents; it moves while others are written; at the end it is full, for conversations too."""
+    bars, steps, finished = [], [], batches.finished
+
+    class Bar(tqdm):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            self.at = []
+            bars.append(self)
+
+        def update(self, n=1):
+            self.at += [len(steps)] * int(n)
+            return super().update(n)
+    monkeypatch.setattr(prepare_data, "tqdm", Bar)
+    monkeypatch.setattr(batches, "finished", lambda found: finished(steps.append(0) or step for step in found))
+    assert distill("a.bin")[0] == 0
+    assert (bars[0].total, bars[0].n, bars[0].desc) == (40, 40, "preparing") and bars[0].miniters == 1
+    assert len(set(bars[0].at)) > 20 and max(np.diff([0, *bars[0].at])) <= 51     # never longer than a text takes
+    with monkeypatch.context() as patch:
+        interrupted_at(patch, 30, KeyboardInterrupt())
+        assert distill("b.bin")[0] == 130 and bars[1].n == 29
+    assert distill("b.bin")[0] == 0 and (bars[2].total, bars[2].n) == (40, 40)
+    assert distill("c.bin", *chat(tiny_folder, tmp_path))[0] == 0 and (bars[3].total, bars[3].n) == (12, 12)
+
+
+def test_texts_that_loop_are_told(distill, tiny_folder, capfd):
+    tiny_llama(0, torch.float32, std=0.1, vocab_size=300, max_position_embeddings=64).save(tiny_folder)
+    says = "texts repeat the same 12 tokens three times or more, which heads would learn: try --temperature 0.8"
+    status, err = distill("a.bin", "--temperature", 0)
+    count, line = err.splitlines()[-1].split(" ", 1)
+    assert status == 0 and line == f"of 40 {says}" and 2 < int(count) < 40
+    status, err = distill("b.bin")
+    assert status == 0 and "repeat" not in err
+    once, twice, thrice = (np.arange(12).tolist() * n + [50] for n in (1, 2, 3))
+    assert [prepare_data.repeats_itself(ids) for ids in (once, twice, thrice, [])] == [False, False, True, False]
+    assert not prepare_data.repeats_itself([i for n in range(9) for i in (*range(11), 90 + n)])      # 11 in a row
+    texts = lambda many: [np.array(thrice)] * many + [np.array(once)] * (40 - many)
+    prepare_data.warn_of_loops(texts(2), 0)                                      # 5 %: stories happen to
+    assert capfd.readouterr().err == ""
+    prepare_data.warn_of_loops(texts(3), 0.9)
+    assert capfd.readouterr().err == f"3 of 40 {says[:-3]}1.1\n"
+
+
+def test_dtype_and_threads_reach_the_model(distill, tmp_path, monkeypatch, tiny_folder, cli):
+    seen, generate = [], batches.generate
+
+    def spy(decoder, *args):
+        seen.append((decoder.model.norm.weight.dtype, torch.get_num_threads()))
+        return generate(decoder, *args)
+    monkeypatch.setattr(batches, "generate", spy)
+    more = ["--limit", 2, "--max-new-tokens", 3]
+    assert distill("a.bin", *more, "--dtype", "bfloat16", "--threads", 2)[0] == 0
+    assert distill("b.bin", *more, "--threads", 3)[0] == 0
+    assert seen == [(torch.bfloat16, 2), (torch.float32, 3)]
+    facts = [json.loads((tmp_path / f"{name}.bin.json").read_text())["source"] for name in "ab"]
+    assert facts[0]["dtype"] == "bfloat16" and "dtype" not in facts[1] and "threads" not in facts[0]
+    for args, says in ((["--openings", "o.txt", "--dtype", "int3"], "--dtype: invalid choice: 'int3'"),
+                       (["--openings", "o.txt", "--threads", "none"], "--threads: 'none' is not a whole number"),
+                       (["--text", "o.txt", "--dtype", "bfloat16"], "--dtype are for text that the model writes: add")):
+        status, _, err = cli("prepare_data", "--model", tiny_folder, "--out", tmp_path / "c.bin", *args)
+        assert status == 2 and err.count("\n") == 1 and says in err

@@ -8,7 +8,7 @@ from test_accept import slow_warp
 
 from tinymedusa import Decoder, Sampling, Tree
 
-ROWS, BATCHES, V = 5000, 20, 6
+ROWS, BATCHES, V = 20000, 10, 6
 
 
 def exact(model, prompt, sampling) -> torch.Tensor:
@@ -22,10 +22,13 @@ def exact(model, prompt, sampling) -> torch.Tensor:
     return probability.flatten()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(1.4, 5, 0.9)], ids=str)
-def test_three_token_continuations(sampling):
-    model = tiny_llama(vocab_size=V, num_hidden_layers=1, std=0.25)
-    heads, tree = tiny_heads(model, 2, noise=0.05), Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0]])
+@pytest.mark.parametrize("kind, sampling", [
+    ("medusa", Sampling(1.0)), ("hydra", Sampling(0.7)), ("medusa", Sampling(1.0, 3)), ("hydra", Sampling(1.0, 0, 0.8)),
+    ("hydra", Sampling(1.4, 5, 0.9))], ids=str)
+def test_three_token_continuations(kind, sampling):
+    model = tiny_llama(vocab_size=V, num_hidden_layers=1, hidden_size=8, intermediate_size=8, num_attention_heads=1,
+                       num_key_value_heads=1, std=0.5, dtype=torch.float32)
+    heads, tree = tiny_heads(model, 2, noise=0.05, kind=kind), Tree.from_paths([[0], [1], [2], [0, 0], [0, 1], [1, 0]])
     prompt, counts, drafted, steps = [1, 4, 3], torch.zeros(V ** 3, dtype=torch.float64), 0, 0
     decoder = Decoder(model, heads, tree, sampling, eos=())
     with torch.no_grad():

@@ -13,15 +13,28 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, tiny_heads, tiny_llama
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import train_heads
 from extras.forecast import simulate
-from loading.documents import Document, document
+from llama import Llama, LlamaConfig
+from loading.documents import Document, document, read_tokens
 from loading.files import UserError, write_json
 from loading.heads import KINDS
-from prepare_data import continuations
+from loading.tokenizer import Tokenizer
+from prepare_data import continuations, continued
 from tinymedusa import Decoder, MedusaHeads, PlainDecoder, Tree
-from train_heads import IGNORE, evaluate, head_results, learning_rate, length_batches, make_batch, teacher_of, train
+from train_heads import (
+    IGNORE,
+    evaluate,
+    head_results,
+    learning_rate,
+    length_batches,
+    make_batch,
+    rank_of,
+    teacher_of,
+    train,
+)
 from variants import batches
 from variants.heads import build_heads
 
@@ -75,16 +88,19 @@ def test_packed_rows_ask_nothing_across_a_boundary():
 
 # ------------------------------------------------------------------------------------------------------ loss and ranks
 
+@pytest.mark.parametrize("temperature", [None, 0.0, 0.7])
 @pytest.mark.parametrize("distill", [False, True], ids=["tokens", "distill"])
 @pytest.mark.parametrize("kind, token_map", [("medusa", None), ("root", None), ("hydra", torch.arange(2, 9))], ids=str)
-def test_losses_and_ranks_against_their_definition(kind, token_map, distill, monkeypatch):
-    monkeypatch.setattr(train_heads, "LOGITS", 5 * 2 * 12)                       # a few places at a time
+def test_losses_and_ranks_against_their_definition(kind, token_map, distill, temperature):
     model = tiny_llama().requires_grad_(False)
     heads, documents = tiny_heads(model, 2, kind=kind, token_map=token_map, recent=3), texts(3, 9)
+    for d in documents:
+        d.temperature = temperature
     batch = make_batch(documents, 2)
     with torch.no_grad():
         hidden = model(batch.ids)
-        results = list(head_results(heads, batch, hidden, teacher_of(model, heads) if distill else None))
+        teacher = teacher_of(model, heads) if distill else None
+        results = list(head_results(heads, batch, hidden, teacher, room=5 * 2 * 12))      # a few places at a time
         ids = list(range(12)) if token_map is None else token_map.tolist()
         losses, ranks = torch.zeros(2, dtype=torch.float64), [[], []]
         for row, t in itertools.product(range(3), range(10)):
@@ -98,11 +114,12 @@ def test_losses_and_ranks_against_their_definition(kind, token_map, distill, mon
                 known = label in ids
                 ranks[k].append(int((logits > logits[ids.index(label)]).sum()) if known else train_heads.MISS)
                 if known:
-                    teacher = model.lm_head(hidden[row, t + 1 + k])[ids].softmax(-1)     # where the base guesses label
-                    losses[k] -= (teacher * logits.log_softmax(-1)).sum() if distill else \
-                        logits.log_softmax(-1)[ids.index(label)]
-    assert len(results) > 1 and torch.allclose(sum(sums for sums, _ in results), losses, atol=1e-10)
-    assert torch.cat([r for _, r in results], 1).tolist() == ranks
+                    logits = logits / (temperature or 1)
+                    right = model.lm_head(hidden[row, t + 1 + k])[ids] / (temperature or 1)  # the base guesses label
+                    losses[k] -= (right.softmax(-1) * logits.log_softmax(-1)).sum() if distill and temperature != 0 \
+                        else logits.log_softmax(-1)[ids.index(label)]
+    assert len(results) > 1 and torch.allclose(sum(sums for sums, *_ in results), losses, atol=1e-10)
+    assert torch.cat([rank_of(logits, labels) for _, logits, labels, _ in results], 1).tolist() == ranks
 
 
 def trained(tmp_path, documents, *more, **kind):
@@ -119,7 +136,7 @@ def close(a: MedusaHeads, b: MedusaHeads, atol):
 def test_chunks_and_accumulated_batches_give_the_gradient_of_the_whole(monkeypatch, tmp_path):
     runs = []
     for logits, more in ((10 ** 6, ()), (7 * 2 * 12, ()), (10 ** 6, ("--batch-tokens", 21, "--accumulate", 2))):
-        monkeypatch.setattr(train_heads, "LOGITS", logits)
+        monkeypatch.setattr(train_heads.head_results, "__defaults__", (None, logits))
         monkeypatch.setattr(train_heads, "length_batches", lambda d, tokens, seed:      # the same order for all three
                             [d[:2], d[2:]] if tokens == 50 else [[d[0]], [d[1]], [d[2]], [d[3]]])
         documents = [text(np.random.default_rng(i).integers(3, 12, 9 + 5 * i)) for i in range(4)]
@@ -171,7 +188,8 @@ def by_heart(tmp_path, kind, rows, **over):
     model = tiny_llama(vocab_size=40, dtype=torch.float32, std=0.6, **over)
     openings = {i: [1, 3 + i] for i in range(rows)}
     write = lambda prompts, seeds: batches.generate(PlainDecoder(model), prompts, 60, seeds)
-    return model, openings, list(continuations(openings, write, rows)), build_heads(model, 3, **kind)
+    answers = lambda turn, prompts: continued(prompts, write)
+    return model, openings, list(continuations(openings, answers, tqdm(disable=True))), build_heads(model, 3, **kind)
 
 
 @pytest.mark.parametrize("kind, rows", [
@@ -219,7 +237,7 @@ def test_schedule_and_batches():
 def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(tmp_path, more, monkeypatch):
     """Ctrl-C in step 3 of 12 (in the joint half with Medusa-2: step 9): saved behind it, then resumed."""
     at = 9 if more else 3
-    monkeypatch.setattr(train_heads, "LOGITS", 7 * 2 * 12)                       # several chunks a batch
+    monkeypatch.setattr(train_heads.head_results, "__defaults__", (None, 7 * 2 * 12))        # several chunks a batch
     more = (*more, "--epochs", 3, "--log-every", 2, "--batch-tokens", 21)
     model, whole = trained(tmp_path / "whole", texts(), *more)
     real, calls = train_heads.head_backward, []
@@ -356,6 +374,100 @@ def test_the_command_resumes_bit_for_bit_and_only_with_the_same_data(stories, tm
     assert status == 0 and all(torch.equal(whole[n], resumed[n]) for n in whole), err
 
 
+def test_hidden_states_are_computed_once_and_kept(stories, tmp_path, monkeypatch):
+    """Further epochs and trainings don't run the base model; the weights are those without, 16 bits' rounding aside."""
+    run, _ = stories
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")                                   # obeyed: nothing is timed
+    seen = []
+    real = Llama.forward
+
+    def forward(self, ids, *rest):
+        seen.append(ids.numel())
+        return real(self, ids, *rest)
+    monkeypatch.setattr(Llama, "forward", forward)
+    more = ("--epochs", 3, "--tie-lm-head", "--lr", 1e-2)
+    status, _, err = run(*more)
+    (kept,), tokens = tmp_path.glob("s.bin.hidden-*"), np.fromfile(tmp_path / "s.bin", "uint16").size
+    size = 2 * tokens * 32
+    assert status == 0 and kept.stat().st_size == size, err
+    assert f"{kept}: the hidden states of {tokens} tokens take {size / 1e6:.1f} MB" in err
+    assert tokens <= sum(seen) < 1.6 * tokens                                    # padding, and the held-out text
+    with_kept, states = load_file(tmp_path / "h" / "model.safetensors"), kept.read_bytes()
+    seen.clear()
+    assert run(*more)[0] == 0 and sum(seen) < 0.2 * tokens                       # the held-out text alone
+    assert kept.read_bytes() == states
+    monkeypatch.setattr(train_heads, "keep_hidden", lambda *a: None)
+    seen.clear()
+    assert run(*more)[0] == 0 and sum(seen) > 2.5 * tokens
+    without = load_file(tmp_path / "h" / "model.safetensors")
+    for name, weight in without.items():
+        assert torch.allclose(weight, with_kept[name], rtol=0, atol=2e-3 * float(weight.abs().max())), name
+    start = [w for n, w in build_heads(tiny_llama(), 2, width=8, tie_lm_head=True).state_dict().items() if "down" in n]
+    assert not start[0].any() and float(without["0.0.down.weight"].abs().max()) > 1e-2           # they did learn
+
+
+def test_kept_hidden_states_are_of_this_text_and_model(stories, tiny_folder, tmp_path, monkeypatch):
+    run, write = stories
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    real, calls = Llama.forward, []
+
+    def stopped(self, ids, *rest):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, ids, *rest)
+    with monkeypatch.context() as patch:
+        patch.setattr(Llama, "forward", stopped)
+        assert run()[0] == 130
+    (kept,) = tmp_path.glob("s.bin.hidden-*")
+    ids = np.fromfile(tmp_path / "s.bin", "uint16")
+    starts = np.fromfile(tmp_path / "s.bin.starts", "uint64").tolist()
+    known = lambda: np.fromfile(kept, np.float16).reshape(len(ids), 32).any(1)
+    assert 0 < known().sum() < len(ids)
+    assert run()[0] == 0 and known().all()
+    model, states = Llama.from_pretrained(tiny_folder), np.fromfile(kept, np.float16).reshape(len(ids), 32)
+    for begin, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        with torch.no_grad():
+            hidden = model(torch.from_numpy(ids[begin:end].astype(np.int64))[None])[0]
+        assert np.abs(hidden.numpy() - states[begin:end]).max() < 4e-3
+    write("--limit", 29)
+    assert run()[0] == 0 and len(list(tmp_path.glob("s.bin.hidden-*"))) == 2
+    with torch.no_grad():
+        model.norm.weight[3] += 0.1
+    model.save(tiny_folder)
+    assert run()[0] == 0 and len(list(tmp_path.glob("s.bin.hidden-*"))) == 3
+    monkeypatch.setattr("extras.training.reserve", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
+    status, _, err = run()
+    assert status == 2 and "can't write" in err and "MB: No space left" in err.splitlines()[-1]
+
+
+def test_texts_of_several_temperatures_make_one_training_and_a_tree_for_each(stories, tiny_folder, tmp_path, cli):
+    run, _ = stories
+    (tmp_path / "o.txt").write_text("\n".join(f"the dog {i}" for i in range(60)))
+    files = []
+    for temperature in (0.9, 0, 0.4):
+        files.append(tmp_path / f"t{temperature}.bin")
+        assert cli("prepare_data", "--model", tiny_folder, "--openings", tmp_path / "o.txt", "--max-new-tokens", 20,
+                   "--temperature", temperature, "--out", files[-1])[0] == 0
+    assert [{d.temperature for d in read_tokens(f, Tokenizer(tiny_folder, LlamaConfig.from_pretrained(tiny_folder)))}
+            for f in files] == [{0.9}, {0.0}, {0.4}]
+    status, out, err = run("--data", *files, "--target", "distill", "--json")
+    assert status == 0, err
+    result, written = json.loads(out), json.loads((tmp_path / "h" / "tree.json").read_text())
+    assert [r["temperature"] for r in (result, *result["sampled"])] == [0.0, 0.4, 0.9]
+    assert list(written["temperatures"]) == ["0.4", "0.9"] and written["paths"]
+    assert [r["documents"] for r in (result, *result["sampled"])] == [1, 1, 2]
+    status, out, _ = run("--data", *files, "--eval")
+    assert status == 0 and [line for line in out.splitlines() if line.startswith("temperature")] == [
+        f"temperature {t}: 60 documents" for t in (0.0, 0.4, 0.9)]
+
+
+def test_a_warm_up_that_suits_the_run(stories):
+    run, _ = stories
+    assert "--warmup 500 exceeds the run of" in run("--warmup", 500)[2]
+    assert "exceeds" not in run("--warmup", 2)[2]
+
+
 def test_the_plot(tmp_path):
     line = {"step": 20, "loss": 1.0, "top1": [0.5] * 12, "tokens_per_second": 9.0}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line | {"step": s}) + "\n" for s in (20, 40)))
@@ -370,7 +482,7 @@ def test_a_training_that_diverges_is_an_error_and_nan_is_no_hit(stories, tmp_pat
     before = (tmp_path / "h" / "model.safetensors").read_bytes()
     real = train_heads.head_results
     monkeypatch.setattr(train_heads, "head_results",
-                        lambda *a: ((loss * math.nan, rank) for loss, rank in real(*a)))
+                        lambda *a, **k: ((loss * math.nan, *rest) for loss, *rest in real(*a, **k)))
     status, out, err = run()
     assert status == 2 and "no longer finite at step" in err
     assert (tmp_path / "h" / "model.safetensors").read_bytes() == before
@@ -386,8 +498,8 @@ def test_equal_logits_rank_by_their_ids(monkeypatch):
     model = tiny_llama()
     heads, batch = tiny_heads(model, 2), make_batch(texts(1), 2)
     monkeypatch.setattr(type(heads), "forward", lambda self, recent, tokens: torch.zeros(len(tokens), 2, 12))
-    (_, rank), = head_results(heads, batch, torch.zeros(1, 21, 32).double())
-    labels = batch.labels
+    (_, logits, labels, _), = head_results(heads, batch, torch.zeros(1, 21, 32).double())
+    rank = rank_of(logits, labels)
     assert torch.equal(rank[labels != IGNORE], labels[labels != IGNORE])
 
 

@@ -6,7 +6,7 @@ import torch
 from conftest import random_prompt, random_tree, tiny_heads, tiny_llama
 
 from llama import new_cache
-from tinymedusa import GREEDY, ROOT, Decoder, NoHeads, PlainDecoder, Sampling, State, Tree, gumbel_noise, warp
+from tinymedusa import GREEDY, ROOT, Decoder, NoHeads, PlainDecoder, Sampling, State, Tree, gumbel_noise
 
 
 def state_of(token, recent_hidden=None, cache=None, length=None):
@@ -73,7 +73,7 @@ def test_every_node_is_its_heads_guess(num_layers, sampling):
                     score = logits[b, len(p) - 1]
                     if sampling.temperature:
                         position = state.emitted[b:b + 1, None] + len(p) - 1
-                        score = warp(score, sampling) + gumbel_noise(state.seed[b:b + 1], position, 12)[0, 0]
+                        score = score / sampling.temperature + gumbel_noise(state.seed[b:b + 1], position, 12)[0, 0]
                     assert score[ids[b, i]] == score.sort(descending=True).values[p[-1]]     # -inf more than once
                     siblings = [j for j, q in enumerate(tree.paths) if q and q[:-1] == p[:-1]]
                     assert len(ids[b, siblings].unique()) == len(siblings)

@@ -4,7 +4,9 @@
     root     also the token that the base model has sampled already, the root of the tree
     hydra    every token between the hidden state and its guess (arXiv 2402.05109), so it drafts depth by depth
 
-With every kind go `recent` hidden states, an inner `width`, `tie_lm_head`, and a `token_map`: D ids that may be drafted
+With every kind go `recent` hidden states, an inner `width`, `tie_lm_head`, a `token_map`: D ids that may be drafted,
+and a `trunk`: one wide block that all heads share sees the hidden states and the root; head k goes on from its output
+k, so that its own blocks can be small.
 """
 from functools import lru_cache
 from itertools import islice
@@ -12,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from llama import Llama
-from loading.heads import check_token_map, find_heads, save_heads
+from loading.checkpoint import check_token_map
+from loading.heads import find_heads, save_heads
 from tinymedusa import MedusaHeads, Sampling, State, Tree
 
 class Block(nn.Module):
@@ -39,23 +42,29 @@ class StrongHeads(MedusaHeads):
     kind = "medusa"
 
     def __init__(self, model: Llama, num_heads: int, num_layers: int = 1, width: int | None = None, recent: int = 1,
-                 tie_lm_head: bool = False, token_map: Tensor | None = None):
+                 tie_lm_head: bool = False, trunk: int | None = None, token_map: Tensor | None = None):
         nn.ModuleList.__init__(self)
         size = model.config.hidden_size
         self.num_layers, self.width, self.recent, self.tie_lm_head = num_layers, width, recent, tie_lm_head
+        self.trunk_width = trunk
         self.register_buffer("token_map", token_map)
         self.draft_size = model.config.vocab_size if token_map is None else len(token_map)
         self.rows = None                            # of the lm_head, at the ids of token_map
         self.model = [model]                        # in a list, so that its parameters are not ours
         for k in range(1, num_heads + 1):
-            inputs = size * (recent + self.seen(k))
+            inputs = size * (recent + self.seen(k) if trunk is None else max(1, self.seen(k)))
             head = nn.ModuleList(Block(size if j else inputs, size, width) for j in range(num_layers))
             if not tie_lm_head:
                 head.append(nn.Linear(size, self.draft_size, bias=False))
                 if not head[-1].weight.is_meta:
                     head[-1].weight.data.copy_(self.lm_head_rows())
             self.append(head)
+        if trunk is not None:
+            self.trunk = Block(size * (recent + self.seen(1)), size * num_heads, trunk)
         self.to(model.norm.weight.dtype)
+
+    def __len__(self) -> int:
+        return sum(name.isdigit() for name in self._modules)        # without the trunk
 
     def seen(self, k: int) -> int:
         return 0        # tokens behind the hidden state that head k sees
@@ -70,25 +79,37 @@ class StrongHeads(MedusaHeads):
             return self.model[0].lm_head(x)
         return F.linear(x, (self.lm_head_rows() if self.rows is None else self.rows).to(x.dtype))
 
-    def logits(self, heads: range, recent_hidden: Tensor, following: Tensor) -> Tensor:
-        """Logits of some heads (0 the first): recent_hidden [T, R, H], following [T, n] → [T, heads, D]."""
-        x, z = recent_hidden[:, -1], recent_hidden.flatten(1)
-        if seen := self.seen(heads[-1] + 1):                    # tokens: the base model's embeddings, scaled to RMS 1
-            embedded = self.model[0].embed_tokens(following[:, :seen])
-            embedded = F.rms_norm(embedded, embedded.shape[-1:], eps=1e-6).flatten(1)
-            z = torch.cat((z, embedded.to(z.dtype)), dim=1)
-        out = []
-        for k in heads:
-            y, inputs = x, z[:, :x.shape[1] * (self.recent + self.seen(k + 1))]
-            for block in islice(self[k], self.num_layers):
-                y = inputs = block(y, inputs)
-            out.append(y if self.tie_lm_head else self[k][-1](y))
-        out = torch.stack(out, dim=1)
-        return self.vocabulary(out) if self.tie_lm_head else out
+    def embedded(self, ids: Tensor) -> Tensor:
+        """The base model's embeddings, scaled to RMS 1: ids [..] → [.., H]."""
+        x = self.model[0].embed_tokens(ids)
+        return x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
+
+    def context(self, recent_hidden: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
+        """What head k starts from and what its first block sees beside tokens: recent_hidden [T, R, H], root [T] →
+        x [T, K, H], z [T, K, ..]."""
+        newest, z = recent_hidden[:, -1], recent_hidden.flatten(1)
+        if self.trunk_width is None:
+            return (t[:, None].expand(-1, len(self), -1) for t in (newest, z))
+        if self.seen(1):
+            z = torch.cat((z, self.embedded(root)), dim=-1)
+        x = self.trunk(newest.repeat(1, len(self)), z).unflatten(-1, (len(self), -1))
+        return x, x
+
+    def head(self, k: int, x: Tensor, z: Tensor, embedded: Tensor) -> Tensor:
+        """Head k's logits, or with tie_lm_head what the lm_head takes: embedded [.., n, H] of the tokens it sees."""
+        begin = 0 if self.trunk_width is None else 1                                # the trunk has seen the root
+        z = torch.cat((z, embedded[..., begin:self.seen(k), :].flatten(-2).to(z.dtype)), dim=-1)
+        for block in islice(self[k - 1], self.num_layers):
+            x = z = block(x, z)
+        return x if self.tie_lm_head else self[k - 1][-1](x)
 
     def forward(self, recent_hidden: Tensor, following: Tensor) -> Tensor:
         """Logits of every head: recent_hidden [T, R, H], following [T, at least those seen] → [T, K, D]."""
-        return self.logits(range(len(self)), recent_hidden, following)
+        x, z = self.context(recent_hidden, following[:, 0])
+        embedded = self.embedded(following[:, :self.seen(len(self))])
+        out = [self.head(k, x[:, k - 1], z[:, k - 1], embedded) for k in range(1, len(self) + 1)]
+        out = torch.stack(out, dim=1)
+        return self.vocabulary(out) if self.tie_lm_head else out
 
     def best(self, logits: Tensor, noise: Tensor | None, sampling: Sampling, ranks: int) -> Tensor:
         if self.token_map is None:
@@ -125,24 +146,28 @@ class HydraHeads(StrongHeads):
 
     def draft(self, tree: Tree, state: State, noise: Tensor | None, sampling: Sampling) -> Tensor:
         """Depth by depth, since a head sees what the heads before it drafted: [B, N - 1]."""
-        ids, rows = state.token[:, None], len(state.token)
-        for k, (way, slot, rank, ranks) in enumerate(levels_of(tuple(tree.paths), ids.device)):
-            recent_hidden = state.recent_hidden[:, None].expand(-1, len(way), -1, -1).flatten(0, 1) # [B M, R, H]
-            logits = self.logits(range(k, k + 1), recent_hidden, ids[:, way].flatten(0, 1))         # [B M, 1, D]
-            logits = logits.view(rows, len(way), -1)                                                # [B, M, D]
-            noise_here = None if noise is None else noise[:, k:k + 1]                               # [B, 1, V]
-            guesses = self.best(logits, noise_here, sampling, ranks)                                # [B, M, ranks]
+        ids = state.token[:, None]                                                          # [B, nodes so far]
+        embedded = state.recent_hidden[:, :0]
+        x, z = self.context(state.recent_hidden, state.token)
+        for k, (way, slot, rank, ranks) in enumerate(levels_of(tuple(tree.paths), ids.device), 1):
+            embedded = torch.cat((embedded, self.embedded(ids[:, embedded.shape[1]:])), dim=1)
+            start, seen = (t[:, k - 1:k].expand(-1, len(way), -1) for t in (x, z))          # for each parent [B, M, ..]
+            logits = self.head(k, start, seen, embedded[:, way])
+            logits = self.vocabulary(logits) if self.tie_lm_head else logits                # [B, M, D]
+            noise_here = None if noise is None else noise[:, k - 1:k]                       # [B, 1, V]
+            guesses = self.best(logits, noise_here, sampling, ranks)                        # [B, M, ranks]
             ids = torch.cat((ids, guesses[:, slot, rank]), dim=1)
         return ids[:, 1:]
 
 CLASSES = {heads.kind: heads for heads in (StrongHeads, RootHeads, HydraHeads)}
 
 def build_heads(model: Llama, num_heads: int, num_layers: int = 1, kind: str = "medusa", width: int | None = None,
-                recent: int = 1, tie_lm_head: bool = False, token_map: Tensor | None = None) -> MedusaHeads:
+                recent: int = 1, tie_lm_head: bool = False, trunk: int | None = None,
+                token_map: Tensor | None = None) -> MedusaHeads:
     """Untrained heads, which repeat the base model: the paper's where nothing more is requested."""
-    if (kind, width, recent, tie_lm_head) == ("medusa", None, 1, False) and token_map is None:
+    if (kind, width, recent, tie_lm_head, trunk) == ("medusa", None, 1, False, None) and token_map is None:
         return MedusaHeads(model, num_heads, num_layers)
-    return CLASSES[kind](model, num_heads, num_layers, width, recent, tie_lm_head, token_map)
+    return CLASSES[kind](model, num_heads, num_layers, width, recent, tie_lm_head, trunk, token_map)
 
 @torch.no_grad()
 def load_heads(name_or_path, model: Llama, revision=None) -> MedusaHeads:
@@ -171,7 +196,8 @@ def save(folder, heads: MedusaHeads, model: Llama, base_name: str, dtype: torch.
         "medusa_num_layers": get("num_layers", len(heads[0]) - 1), "tie_lm_head": get("tie_lm_head", False),
         "medusa_width": get("width", None), "medusa_kind": get("kind", "medusa"), "medusa_recent": heads.recent,
         "hidden_size": model.config.hidden_size, "vocab_size": model.config.vocab_size,
-        "draft_vocab_size": None if token_map_of(heads) is None else heads.draft_size}, dtype)
+        "draft_vocab_size": None if token_map_of(heads) is None else heads.draft_size} |
+        ({"medusa_trunk": heads.trunk_width} if get("trunk_width", None) else {}), dtype)
 
 def token_map_of(heads: MedusaHeads) -> Tensor | None:
     """The ids that the heads may draft; None: all."""

@@ -21,7 +21,8 @@ WIDE = {"vocab_size": 30, "hidden_size": 80, "intermediate_size": 100, "num_hidd
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{"width": 40, "num_layers": 2}, {"tie_lm_head": True, "recent": 3}])
+@pytest.mark.parametrize("options", [{"width": 40, "num_layers": 2}, {"tie_lm_head": True, "recent": 3},
+                                     {"trunk": 24, "width": 16, "recent": 2, "tie_lm_head": True}])
 @torch.inference_mode()
 def test_hidden_states_logits_and_guesses(kind, options):
     small = tiny_llama(dtype=torch.float32)

@@ -1,10 +1,11 @@
 """Trees grown from joint hits and decoding simulated from ranks, both against slow definitions."""
 import itertools
+import math
 
 import pytest
 import torch
 
-from extras.forecast import grow_tree, joint_hits, simulate
+from extras.forecast import grow_tree, joint_hits, noise_given, simulate
 from loading.trees import check_paths
 from tinymedusa import Tree
 
@@ -31,6 +32,26 @@ def test_the_tree_is_grown_from_joint_hits():
         check_paths(best, 3, 10)                                                 # no node without its ancestors
     assert sum(joint_hits(ranks).values()) == sum(worth.values())
     assert max(map(len, grow_tree(joint_hits(ranks), 30, deepest=2))) == 2
+
+
+def test_noise_given_a_sample_is_noise_by_which_it_was_sampled():
+    """Ids drawn from softmax(logits), then noise given them: by it they are sampled, and over all ids it is plain
+    Gumbel noise: each entry's mean, variance and quantiles, and none goes with another or with its own logit."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 1.5 * torch.randn(6, dtype=torch.float64, generator=generator).expand(40000, -1)
+    ids = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    noise = noise_given(logits, ids, generator)
+    assert torch.equal((logits + noise).argmax(-1), ids)
+    assert (noise.mean(0) - 0.5772).abs().max() < 0.03 and (noise.var(0) - math.pi ** 2 / 6).abs().max() < 0.08
+    for share in (0.01, 0.1, 0.5, 0.9, 0.99):
+        below = (noise < -math.log(-math.log(share))).double().mean(0)
+        assert (below - share).abs().max() < 5 * (share * (1 - share) / 40000) ** 0.5
+    assert (torch.corrcoef(noise.T) - torch.eye(6)).abs().max() < 0.025
+    limited = logits.masked_fill(torch.arange(6) >= 4, -torch.inf)               # top-k 4: noise is noise there too
+    ids = torch.multinomial(limited.softmax(-1), 1, generator=generator)[:, 0]
+    noise = noise_given(limited, ids, generator)
+    assert noise.isfinite().all() and torch.equal((limited + noise).argmax(-1), ids)
+    assert (noise.mean(0) - 0.5772).abs().max() < 0.03
 
 
 def test_the_simulation_against_its_definition():

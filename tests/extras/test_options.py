@@ -15,7 +15,7 @@ from loading.heads import KINDS
 # every option → the arguments to try it with (in int8 the first of them); {} is the folder where everything is
 TRIED = {
     "--model": ["--model {}"],
-    "--heads": ["--heads none", "--heads {}/root", "--heads {}/nowhere"],
+    "--heads": ["--heads none", "--heads {}/root", "--heads lookup", "--heads {}/nowhere"],
     "--revision": ["--revision main"],
     "--prompt": ["--prompt once", "--prompt dog --prompt cat"],
     "--prompts-file": ["--prompts-file {}/p.txt --temperature 0.9 --profile"],
@@ -28,7 +28,8 @@ TRIED = {
     "--delta": ["--temperature 3 --acceptance typical --delta 1e-9"],
     "--top-k": ["--top-k 5 --temperature 2"],
     "--top-p": ["--top-p 0.5 --temperature 2"],
-    "--seed": ["--seed 7 --temperature 2"],
+    "--seed": ["--seed 7 --temperature 2", "--seed 9223372036854775807 --temperature 2", "--seed 9223372036854775808"],
+    "--samples": ["--samples 2 --temperature 2", "--samples 2 --prompts-file {}/p.txt --temperature 1", "--samples 2"],
     "--tune": ["--tune {}/o.txt --tree {}/tuned.json", "--tune {}/o.txt --tree {}/tuned.json --batch-size 2"],
     "--tree": ["--tree [[0],[1],[0,0]]", "--tree []", "--tree {}/nowhere.json"],
     "--dtype": ["--dtype bfloat16", "--dtype float64", "--dtype float32", "--dtype float16"],
@@ -49,11 +50,16 @@ TRIED = {
 }
 REFUSED = {
     "--heads {}/nowhere": "nowhere is not a folder", "--batch-size 2": "--batch-size needs --prompts-file (or --tune)",
+    "--samples 2": "add --temperature",
+    "--seed 9223372036854775808": "--seed: '9223372036854775808' is not a whole number",
     "--device nowhere": "--device: 'nowhere' can't be used here", "--compile": "--compile is gone; --fast will come",
     "--system S": "--system needs a chat model", "--tree {}/nowhere.json": "can't read the tree"}
 PLAIN_REFUSED = {
     **dict.fromkeys(TRIED["--tree"] + TRIED["--tune"], "needs heads: give --heads FOLDER"),
     **dict.fromkeys(TRIED["--explain"], "--explain shows trees, and this is plain decoding: give --heads")}
+LOOKUP_REFUSED = {
+    "--tree [[0],[1],[0,0]]": "path [1] has rank 1, the vocabulary only 1 entries",
+    **dict.fromkeys(TRIED["--tune"], "prompt lookup drafts a chain")}
 ROUNDED = ("--dtype bfloat16", "--dtype float16")       # where a tree's logits differ from a single token's
 MEDUSA = {"init", "medusa", "tree", "posterior", "update"}
 
@@ -108,21 +114,23 @@ def written(arguments: str, out: str, medusa: bool):
 @pytest.mark.parametrize("quantize", [[], ["--quantize", "int8"]], ids=["full precision", "int8"])
 def test_every_option_works_or_is_refused_in_one_line(quantize, folder, cli, monkeypatch):
     plain = {}                                          # arguments → what plain decoding writes
-    for heads in ("none", *KINDS):
+    for heads in ("none", "lookup", *KINDS):
         for arguments in chain.from_iterable(some[:1] if quantize else some for some in TRIED.values()):
             monkeypatch.setattr("builtins.input", one_message())
-            at_first = ["--model", folder, "--heads", heads if heads == "none" else folder / heads, "--threads", 1,
+            at_first = ["--model", folder, "--heads", folder / heads if heads in KINDS else heads, "--threads", 1,
                         "--max-new-tokens", 6, *quantize]
             if not {"--interactive", "--explain"} & set(arguments.split()):
                 at_first.append("--json")
             status, out, err = cli("generate", *at_first, *arguments.format(*[folder] * 2).split())
             case = f"{heads} {arguments}: {err}"
-            refused = (PLAIN_REFUSED if heads == "none" else {}).get(arguments) or REFUSED.get(arguments)
+            refused = {"none": PLAIN_REFUSED, "lookup": LOOKUP_REFUSED}.get(heads, {}).get(arguments) \
+                or REFUSED.get(arguments)
             if refused:
                 assert (status, out, err.count("\n")) == (2, "", 1) and refused in err, case
                 continue
             assert status == 0 and "Traceback" not in err, case
-            medusa = "/root" in arguments or heads != "none" and "--heads none" not in arguments
+            medusa = "/root" in arguments or "lookup" in arguments or \
+                heads != "none" and "--heads none" not in arguments
             texts = written(arguments, out, medusa)
             if heads == "none":
                 plain[arguments] = texts

@@ -10,6 +10,7 @@ from llama import Llama
 from loading.files import write_json
 from loading.heads import KINDS
 from loading.trees import parse_tree
+from tinymedusa import Tree
 
 
 def run_json(cli, *args):
@@ -24,6 +25,27 @@ def with_good_heads(folder, kind="medusa"):
                        max_position_embeddings=64)
     model.save(folder)
     save_heads(tiny_heads(model, 3, kind=kind, noise=0.05), folder / "medusa", model)
+
+
+@pytest.mark.parametrize("limits", [(), ("--top-k", 9), ("--top-p", 0.8)], ids=str)
+@pytest.mark.parametrize("kind", ["medusa", "hydra"])
+def test_the_forecast_at_a_temperature_is_within_3_percent(kind, limits, tiny_folder, tmp_path, cli, monkeypatch):
+    """It simulates the noise that heads and base model share; by ranks without the noise it would read far less."""
+    monkeypatch.setattr("extras.tune.step_seconds", lambda model, heads, trees, ids, args: [
+        0.001 * (1 if tree is None else 1 + len(tree.paths) / 200) for tree in trees])
+    with_good_heads(tiny_folder, kind)
+    openings = [f"the dog{' x' * (i % 9)} {i}" for i in range(300)]
+    (tmp_path / "o.txt").write_text("\n".join(openings))
+    options = ["--model", tiny_folder, "--temperature", 0.4, *limits, "--max-new-tokens", 40]
+    status, _, err = cli("generate", *options, "--tune", tmp_path / "o.txt", "--threads", 1)
+    assert status == 0, err
+    tuned = json.loads((tiny_folder / "medusa" / "tree.json").read_text())["modes"]["cpu"]
+    forecast = next(c["tokens_per_step"] for c in tuned["candidates"] if c == tuned["chosen"])
+    results = run_json(cli, *options, "--prompts-file", tmp_path / "o.txt", "--batch-size", 64, "--seed", 1000)
+    new, steps = (sum(r[key] for r in results) for key in ("new_tokens", "steps"))
+    measured = (new - len(results)) / steps
+    print(f"{kind} {limits}: forecast {forecast}, measured {measured:.4f}, {steps} steps")
+    assert measured > 1.15 and abs(forecast / measured - 1) < 0.03
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,6 +129,44 @@ def test_the_tree_that_was_tuned_for_so_many_rows(tiny_folder, tmp_path, cli, mo
     (tmp_path / "p.txt").write_text("dog\n")                                     # fewer prompts than rows
     assert f"tree: {len(one) + 1} nodes" in cli("generate", "--model", tiny_folder, "--prompts-file",
                                                 tmp_path / "p.txt", "--batch-size", 500, "--max-new-tokens", 3)[1]
+
+
+def test_a_tree_for_each_temperature(tiny_folder, tmp_path, cli, monkeypatch):
+    """--tune --temperature adds a tree; the nearest one is used and named, here and by a library user."""
+    monkeypatch.setattr("extras.tune.step_seconds", lambda model, heads, trees, ids, args: [
+        0.001 * (1 if tree is None else 1 + len(tree.paths) / 200) for tree in trees])
+    monkeypatch.setattr("extras.tune.NODES", (2, 8))
+    with_good_heads(tiny_folder)
+    (tmp_path / "o.txt").write_text("\n".join(f"the dog{' x' * i}" for i in range(12)))
+    tree = tiny_folder / "medusa" / "tree.json"
+    def tune(temperature, *more):
+        assert cli("generate", "--model", tiny_folder, "--tune", tmp_path / "o.txt", "--max-new-tokens", 30,
+                   "--temperature", temperature, *more)[0] == 0
+        return json.loads(tree.read_text())
+    alone = tune(0.7)["modes"]["cpu"]
+    assert alone["sampling"]["temperature"] == 0.7 and "temperatures" not in alone
+    tune(0)
+    eight = tune(0, "--batch-size", 8)["modes"]["cpu batch 8"]
+    written = tune(1.5)
+    entry = written["modes"]["cpu"]
+    assert entry["sampling"]["temperature"] == 0 and list(entry["temperatures"]) == ["0.7", "1.5"]
+    assert entry["temperatures"]["0.7"] == alone and written["modes"]["cpu batch 8"] == eight
+    trees = {0.0: entry["paths"], 0.7: alone["paths"], 1.5: entry["temperatures"]["1.5"]["paths"]}
+    assert len({json.dumps(paths) for paths in trees.values()}) == 3
+    for temperature, nearest in ((0, 0.0), (0.3, 0.0), (0.4, 0.7), (1.0, 0.7), (1.2, 1.5), (9, 1.5)):
+        for mode in ("cpu", "cuda"):                                             # not tuned: the file's own, as for cpu
+            paths, remark = parse_tree(tree, mode, 1, temperature)
+            assert paths == trees[nearest] and remark.endswith(f"for temperature {nearest}")
+        assert parse_tree(tree, "cpu", 8, temperature)[0] == eight["paths"]
+        result, = run_json(cli, "--model", tiny_folder, "--temperature", temperature, "--max-new-tokens", 2)
+        assert result["tree"].startswith(f"{len(trees[nearest]) + 1} nodes, {tree}") and str(nearest) in result["tree"]
+        found = Tree.from_pretrained(tiny_folder / "medusa", tiny_heads(tiny_llama(), 3), temperature)
+        assert sorted(found.paths[1:]) == sorted(map(tuple, trees[nearest]))
+    assert tune(0.7)["modes"]["cpu"]["temperatures"].keys() == {"0.7", "1.5"}
+    for damaged in ([], {"x": {}}, {"0.7": 3}, None):
+        tree.write_text(json.dumps(written | {"modes": {}, "temperatures": damaged}))
+        status, _, err = cli("generate", "--model", tiny_folder)
+        assert status == 2 and "'temperatures' must be an object of objects by temperature" in err
 
 
 def test_a_tree_for_each_mode(tmp_path):

@@ -10,7 +10,7 @@ from conftest import TESTS, byte_tokenizer
 
 from llama import LlamaConfig
 from loading import documents, files
-from loading.documents import Document, beside, conversations, document, read_tokens, texts, write_tokens
+from loading.documents import Document, Partial, beside, conversations, document, read_tokens, texts, write_tokens
 from loading.files import UserError
 from loading.tokenizer import Tokenizer
 
@@ -249,3 +249,35 @@ def test_half_characters_and_odd_separators(tmp_path):
     assert list(conversations(tmp_path / "a.json")) == [[["\N{REPLACEMENT CHARACTER}", "b"]]]
     (tmp_path / "a.txt").write_text("one\n --- \ntwo")
     assert list(texts(tmp_path / "a.txt", " --- ")) == ["one", "two"]
+
+
+# ------------------------------------------------------------------------------------------------------ partial files
+
+def kept(path, source, contents):
+    return {key: ids.tolist() for key, ids in Partial(path, source, contents).texts.items()}
+
+
+def test_what_a_stopped_run_keeps(tmp_path):
+    """Whole lines only, whatever the end of the file looks like; what is added behind a torn line is whole again."""
+    path, run = tmp_path / "a.bin", ({"limit": 9}, [[1, 2], "x"])
+    assert kept(path, *run) == {} and not Partial(path, *run).path.exists()
+    for key, ids in ((7, [4, 5]), (3, [6])):
+        Partial(path, *run).add(0, key, ids)
+    whole, lines = {(0, 7): [4, 5], (0, 3): [6]}, Partial(path, *run).path.read_bytes()
+    assert kept(path, *run) == whole and lines.count(b"\n") == 2
+    for torn in (b"\n", b"\n[", b"\n[1, 2", b"\n[1, 2, [3", b"\n[1, 2, [3]", b"\n" + bytes(9), b"\n5", b"\n[[], 1, []]",
+                 b"\n\xff", b'\n[1, 2, ["x"]]', b"\n[1, 2, [%d]]" % 2 ** 70, b'\n{"a": 1}'):
+        Partial(path, *run).path.write_bytes(lines + torn)
+        assert kept(path, *run) == whole, torn
+        Partial(path, *run).add(1, 3, [8, 9])
+        assert kept(path, *run) == whole | {(1, 3): [8, 9]}, torn
+    for other in (({"limit": 8}, run[1]), (run[0], [[1, 2], "y"])):
+        with pytest.raises(UserError, match="a.bin.partial is left from a stopped run with other options"):
+            Partial(path, *other)
+    for end in range(len(lines)):                                                # no whole text, no partial file
+        Partial(path, *run).path.write_bytes(lines[:end])
+        assert kept(path, *run).items() <= whole.items()
+        if not kept(path, *run):
+            assert not Partial(path, {"limit": 8}, []).path.exists()
+            Partial(path, *run).add(0, 7, [4, 5])
+            assert kept(path, *run) == {(0, 7): [4, 5]}
