@@ -90,6 +90,28 @@ def test_the_tree_comes_from_the_option_the_folder_or_the_published_one(tiny_fol
     assert len(seen[0]) == 15 and seen[1:] == [[[0], [0, 0]], [[1]], [[0], [1]]]
 
 
+def test_each_sample_draws_from_a_seed_of_its_own(tiny_folder, tmp_path, cli):
+    """Sample j of prompt i is what seed + i N + j gives alone, one at a time or in a batch; behind 2^63 - 1 comes 0."""
+    run = lambda *more: [json.loads(line) for line in cli(
+        "generate", "--model", tiny_folder, "--json", "--temperature", 1.5, "--max-new-tokens", 12, *more
+    )[1].splitlines()]
+    prompts = ("--prompt", "the dog", "--prompt", "a cat")
+    (tmp_path / "p.txt").write_text("the dog\na cat\n")
+    for seed in (7, 2 ** 63 - 2):
+        one_by_one = run(*prompts, "--samples", 3, "--seed", seed)
+        batch = run("--prompts-file", tmp_path / "p.txt", "--batch-size", 4, "--samples", 3, "--seed", seed)
+        assert [(r["prompt"], r["sample"]) for r in one_by_one] == [
+            (prompt, j) for prompt in ("the dog", "a cat") for j in range(3)]
+        assert [(r["prompt"], r["sample"], r["token_ids"]) for r in batch] == [
+            (r["prompt"], r["sample"], r["token_ids"]) for r in one_by_one]
+        for i, result in enumerate(one_by_one):
+            alone, = run("--prompt", result["prompt"], "--seed", (seed + i) % 2 ** 63)
+            assert alone["token_ids"] == result["token_ids"] and "sample" not in alone
+        assert len({tuple(r["token_ids"]) for r in one_by_one}) == 6
+    texts = [run("--prompt", "the dog", "--seed", seed)[0]["token_ids"] for seed in (0, 2 ** 32, 2 ** 62)]
+    assert len(set(map(tuple, texts))) == 3
+
+
 def test_heads_may_live_elsewhere_or_nowhere(tiny_folder, tmp_path, cli):
     (tiny_folder / "medusa").rename(tmp_path / "elsewhere")
     plain, = run_json(cli, "--model", tiny_folder, "--prompt", "dog", "--max-new-tokens", 9, "--profile")

@@ -49,7 +49,7 @@ class StrongHeads(MedusaHeads):
         self.trunk_width = trunk
         self.register_buffer("token_map", token_map)
         self.draft_size = model.config.vocab_size if token_map is None else len(token_map)
-        self.rows = None                            # of the lm_head, at the ids of token_map
+        self.rows = self.drafted = None             # of lm_head and embeddings, at the ids of token_map: see `freeze`
         self.model = [model]                        # in a list, so that its parameters are not ours
         for k in range(1, num_heads + 1):
             inputs = size * (recent + self.seen(k) if trunk is None else max(1, self.seen(k)))
@@ -64,7 +64,7 @@ class StrongHeads(MedusaHeads):
         self.to(model.norm.weight.dtype)
 
     def __len__(self) -> int:
-        return sum(name.isdigit() for name in self._modules)        # without the trunk
+        return len(self._modules) - ("trunk" in self._modules)
 
     def seen(self, k: int) -> int:
         return 0        # tokens behind the hidden state that head k sees
@@ -82,40 +82,54 @@ class StrongHeads(MedusaHeads):
     def embedded(self, ids: Tensor) -> Tensor:
         """The base model's embeddings, scaled to RMS 1: ids [..] → [.., H]."""
         x = self.model[0].embed_tokens(ids)
-        return x * (x.square().mean(dim=-1, keepdim=True) + 1e-6).rsqrt()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * (norm * norm / x.shape[-1] + 1e-6).rsqrt()
 
-    def context(self, recent_hidden: Tensor, root: Tensor) -> tuple[Tensor, Tensor]:
-        """What head k starts from and what its first block sees beside tokens: recent_hidden [T, R, H], root [T] →
-        x [T, K, H], z [T, K, ..]."""
+    def freeze(self) -> None:
+        """Pick what a draft vocabulary needs of the base model's matrices once and for all."""
+        if self.token_map is not None:
+            self.rows, self.drafted = self.lm_head_rows(), self.embedded(self.token_map)
+
+    def context(self, recent_hidden: Tensor, embedded: Tensor) -> tuple[Tensor, Tensor]:
+        """What each head starts from and what its first block sees beside tokens: recent_hidden [T, R, H], embedded [T,
+        1, H] of the root → x [T, K, H], z [T, K, ..]. A trunk has seen the root, so the heads see what is behind it."""
         newest, z = recent_hidden[:, -1], recent_hidden.flatten(1)
         if self.trunk_width is None:
-            return (t[:, None].expand(-1, len(self), -1) for t in (newest, z))
+            return newest[:, None].expand(-1, len(self), -1), z[:, None].expand(-1, len(self), -1)
         if self.seen(1):
-            z = torch.cat((z, self.embedded(root)), dim=-1)
+            z = torch.cat((z, embedded.flatten(1)), dim=1)
         x = self.trunk(newest.repeat(1, len(self)), z).unflatten(-1, (len(self), -1))
         return x, x
 
-    def head(self, k: int, x: Tensor, z: Tensor, embedded: Tensor) -> Tensor:
-        """Head k's logits, or with tie_lm_head what the lm_head takes: embedded [.., n, H] of the tokens it sees."""
-        begin = 0 if self.trunk_width is None else 1                                # the trunk has seen the root
-        z = torch.cat((z, embedded[..., begin:self.seen(k), :].flatten(-2).to(z.dtype)), dim=-1)
+    def head(self, k: int, x: Tensor, z: Tensor) -> Tensor:
+        """Logits of head k = 1..K: x [.., H], z [.., ..] with the tokens that it sees → [.., D]."""
         for block in islice(self[k - 1], self.num_layers):
             x = z = block(x, z)
-        return x if self.tie_lm_head else self[k - 1][-1](x)
+        return self.vocabulary(x) if self.tie_lm_head else self[k - 1][-1](x)
 
     def forward(self, recent_hidden: Tensor, following: Tensor) -> Tensor:
         """Logits of every head: recent_hidden [T, R, H], following [T, at least those seen] → [T, K, D]."""
-        x, z = self.context(recent_hidden, following[:, 0])
-        embedded = self.embedded(following[:, :self.seen(len(self))])
-        out = [self.head(k, x[:, k - 1], z[:, k - 1], embedded) for k in range(1, len(self) + 1)]
-        out = torch.stack(out, dim=1)
-        return self.vocabulary(out) if self.tie_lm_head else out
+        embedded = self.embedded(following[:, :self.seen(len(self))]).to(recent_hidden.dtype)
+        x, z = self.context(recent_hidden, embedded[:, :1])
+        tokens = [embedded[:, self.first:self.seen(k)].flatten(1) for k in range(1, len(self) + 1)]
+        out = [self.head(k, x[:, k - 1], torch.cat((z[:, k - 1], seen), dim=1)) for k, seen in enumerate(tokens, 1)]
+        return torch.stack(out, dim=1)
+
+    @property
+    def first(self) -> int:
+        """The first token that the heads see themselves."""
+        return 0 if self.trunk_width is None else 1
 
     def best(self, logits: Tensor, noise: Tensor | None, sampling: Sampling, ranks: int) -> Tensor:
-        if self.token_map is None:
-            return super().best(logits, noise, sampling, ranks)
-        noise = None if noise is None else noise[..., self.token_map]
-        return self.token_map[super().best(logits, noise, sampling, ranks)]
+        return self.ids_of(super().best(logits, self.draftable(noise), sampling, ranks))
+
+    def ids_of(self, drafted: Tensor) -> Tensor:
+        """Numbers within the draft vocabulary → ids."""
+        return drafted if self.token_map is None else self.token_map[drafted]
+
+    def draftable(self, noise: Tensor | None) -> Tensor | None:
+        """The noise of the ids that the heads may draft: [.., V] → [.., D]."""
+        return noise if noise is None or self.token_map is None else noise[..., self.token_map]
 
 class RootHeads(StrongHeads):
     """Heads that see the root of the tree: it is known before drafting, so they still run all at once."""
@@ -125,16 +139,16 @@ class RootHeads(StrongHeads):
         return 1
 
 @lru_cache(maxsize=64)
-def levels_of(paths: tuple, device) -> list[tuple]:
-    """The nodes of each depth as Hydra drafts them. Their M parents, each as the nodes from the root to it: way
-    [M, depth]; for each of the n nodes its parent's number among the M, and which guess it is: slot, rank [n]."""
-    levels, tensor = [], lambda values: torch.tensor(values, device=device)
+def levels_of(paths: tuple, first: int, device) -> list[tuple]:
+    """The nodes of each depth as Hydra drafts them: the number M of their parents; of each the nodes from depth `first`
+    on that lead to it, counted from there [M depth]; for each node which of all M x ranks guesses it is; ranks."""
+    levels, begin = [], sum(len(path) < first for path in paths)
     for depth in range(1, len(paths[-1]) + 1):
         nodes = [path for path in paths if len(path) == depth]
-        parents = sorted({path[:-1] for path in nodes})
-        way = [[paths.index(parent[:d]) for d in range(depth)] for parent in parents]
-        slot, rank = [parents.index(path[:-1]) for path in nodes], [path[-1] for path in nodes]
-        levels.append((tensor(way), tensor(slot), tensor(rank), 1 + max(rank)))
+        parents, ranks = sorted({path[:-1] for path in nodes}), 1 + max(path[-1] for path in nodes)
+        way = [paths.index(parent[:d]) - begin for parent in parents for d in range(first, depth)]
+        pick = [parents.index(path[:-1]) * ranks + path[-1] for path in nodes]
+        levels.append((len(parents), *(torch.tensor(t, dtype=torch.long, device=device) for t in (way, pick)), ranks))
     return levels
 
 class HydraHeads(StrongHeads):
@@ -146,18 +160,23 @@ class HydraHeads(StrongHeads):
 
     def draft(self, tree: Tree, state: State, noise: Tensor | None, sampling: Sampling) -> Tensor:
         """Depth by depth, since a head sees what the heads before it drafted: [B, N - 1]."""
-        ids = state.token[:, None]                                                          # [B, nodes so far]
-        embedded = state.recent_hidden[:, :0]
-        x, z = self.context(state.recent_hidden, state.token)
-        for k, (way, slot, rank, ranks) in enumerate(levels_of(tuple(tree.paths), ids.device), 1):
-            embedded = torch.cat((embedded, self.embedded(ids[:, embedded.shape[1]:])), dim=1)
-            start, seen = (t[:, k - 1:k].expand(-1, len(way), -1) for t in (x, z))          # for each parent [B, M, ..]
-            logits = self.head(k, start, seen, embedded[:, way])
-            logits = self.vocabulary(logits) if self.tie_lm_head else logits                # [B, M, D]
-            noise_here = None if noise is None else noise[:, k - 1:k]                       # [B, 1, V]
-            guesses = self.best(logits, noise_here, sampling, ranks)                        # [B, M, ranks]
-            ids = torch.cat((ids, guesses[:, slot, rank]), dim=1)
-        return ids[:, 1:]
+        embedded = self.embedded(state.token[:, None])                                      # [B, 1, H] of the root
+        x, z = self.context(state.recent_hidden, embedded)
+        embedded, noise, drafts = embedded[:, self.first:], self.draftable(noise), [state.token[:, None][:, :0]]
+        for k, (parents, way, pick, ranks) in enumerate(levels_of(tuple(tree.paths), self.first, x.device), 1):
+            start, seen = (t[:, k - 1:k].expand(-1, parents, -1) for t in (x, z))           # for each parent [B, M, ..]
+            if len(way):
+                tokens = embedded.index_select(1, way).view(len(x), parents, -1)
+                seen = torch.cat((seen, tokens), dim=-1)
+            noise_here = None if noise is None else noise[:, k - 1:k]                       # [B, 1, D]
+            guesses = MedusaHeads.best(self, self.head(k, start, seen), noise_here, sampling, ranks)
+            drafts.append(guesses.flatten(1).index_select(1, pick))                         # [B, nodes of this depth]
+            embedded = torch.cat((embedded, self.embedded_drafts(drafts[-1])), dim=1)
+        return self.ids_of(torch.cat(drafts, dim=1))
+
+    def embedded_drafts(self, drafted: Tensor) -> Tensor:
+        """As `embedded`, of what is drafted: numbers within the draft vocabulary [..] → [.., H]."""
+        return self.embedded(self.ids_of(drafted)) if self.drafted is None else self.drafted[drafted]
 
 CLASSES = {heads.kind: heads for heads in (StrongHeads, RootHeads, HydraHeads)}
 
@@ -185,7 +204,7 @@ def load_heads(name_or_path, model: Llama, revision=None) -> MedusaHeads:
         tensors[name][rows].copy_(values)
     if size is not None:
         check_token_map(heads.token_map, model.config.vocab_size, stored.source)
-        heads.rows = heads.lm_head_rows()
+        heads.freeze()
     return heads.requires_grad_(False).eval()
 
 def save(folder, heads: MedusaHeads, model: Llama, base_name: str, dtype: torch.dtype | None = None) -> None:
