@@ -368,11 +368,13 @@ def split(args, tokenizer: Tokenizer, model: Llama) -> tuple[list, list]:
     return rest, cut(documents[::HELD_OUT], context)
 
 def by_temperature(documents: list) -> dict:
-    """Documents by the temperature that the base model wrote them at, the lowest first; what it did not write: 0."""
+    """Documents in which there is something to guess, by the temperature that the base model wrote them at, the lowest
+    first; what it did not write: 0."""
     groups = {}
     for d in documents:
-        groups.setdefault(d.temperature or 0.0, []).append(d)
-    return dict(sorted(groups.items()))
+        if d.loss[2:].any():
+            groups.setdefault(d.temperature or 0.0, []).append(d)
+    return dict(sorted(groups.items())) or {0.0: documents}
 
 def untrained(args, model: Llama, documents: list) -> MedusaHeads:
     """New heads, in at least float32 to be trained in."""

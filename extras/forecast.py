@@ -19,7 +19,9 @@ def noise_given(logits: Tensor, ids: Tensor, generator: torch.Generator) -> Tens
     """Gumbel noise under the condition that argmax(logits + noise) is these ids: logits [.., V], ids [..] → [.., V].
     The largest sum is Gumbel with the logits' logsumexp as location, whichever token has it; all others are cut off
     there (Maddison, Tarlow and Minka 2014)."""
-    gumbel = lambda like: -torch.log(-torch.log(torch.rand(like.shape, generator=generator).clamp(min=1e-30)))
+    def gumbel(like: Tensor) -> Tensor:
+        uniform = torch.rand(like.shape, generator=generator).clamp(min=1e-30).to(like)
+        return -torch.log(-torch.log(uniform))
     largest = logits.logsumexp(-1, keepdim=True)
     largest = largest + gumbel(largest)
     noise = gumbel(logits)
