@@ -89,6 +89,7 @@ def main():
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.3, 0.7, 1.0])
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
     parser.add_argument("--threads", type=threads, default="auto")
     args = parser.parse_args()
     model = Llama.from_pretrained(args.model)
@@ -104,7 +105,7 @@ def main():
           "|---|---|---|---|---|---|---|---|---|---|---|")
     for temperature in args.temperatures:
         for rule, (options, acceptance, kind) in RULES.items():
-            if temperature == 0 and rule in ("match, top-p 0.8", "typical"):
+            if rule not in args.rules or temperature == 0 and rule in ("match, top-p 0.8", "typical"):
                 continue                                                         # all rules are one there
             sampling = Sampling(temperature, **options)
             if kind is LookupDecoder:

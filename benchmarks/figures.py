@@ -146,7 +146,7 @@ def measure_depth() -> None:
                                  ("medusa", "Hydra heads, published tree", published_tree(4, 63)),
                                  ("medusa-paper", "the paper's heads, published tree", published_tree(4, 63))):
         heads = load_heads(ROOT / "model" / folder, model)
-        for deepest in range(5):
+        for deepest in range(1 + max(map(len, paths))):
             tree, counts, begun = Tree.from_paths([p for p in paths if len(p) <= deepest]), Counter(), set()
             decoder = Decoder(model, heads, tree) if deepest else PlainDecoder(model)
             for step in batches.generate(decoder, prompts, 200, batch_size=50):

@@ -86,8 +86,8 @@ def hidden_file(model: Llama, path, tokens: int) -> np.memmap:
         with open(file, "ab") as opened:
             reserve(opened.fileno(), 0, size)           # a mapped file that finds no room ends the process
     except OSError as error:
-        raise UserError(f"can't write {file}, {size / 1e6:.1f} MB: {error.strerror}: move the token file to where there "
-                        "is room") from error
+        raise UserError(f"can't write {file}, {size / 1e6:.1f} MB: {error.strerror}: move the token file "
+                        "to where there is room") from error
     return np.memmap(file, np.float16, "r+", shape=(tokens, model.config.hidden_size))
 
 def settings(args) -> dict:

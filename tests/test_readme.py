@@ -72,7 +72,7 @@ def test_the_drawings_are_those_of_the_code(folder):
     plain = blocks(README)
     step = re.search(r"^    (state .*?)\n\n", tinymedusa.__doc__, re.DOTALL | re.MULTILINE)[1]
     assert step.replace("\n    ", "\n") + "\n" in plain
-    paths, _ = read_tree(MODEL / "medusa", 4, 1024)
+    paths, _ = read_tree(MODEL / "medusa", 5, 1536)
     assert drawing([(), *sorted(map(tuple, paths), key=lambda path: (len(path), path))]) + "\n" in plain
     told, _, tree = run("python generate.py --explain 1", folder).partition("\ntree: ")
     assert told.strip("\n") + "\n" in plain and tree

@@ -170,10 +170,7 @@ def test_a_tree_for_each_temperature(tiny_folder, tmp_path, cli, monkeypatch):
 
 
 def test_a_tree_for_each_mode(tmp_path):
-    """The shipped file: a tree for one prompt, smaller ones for batches; a mode whose tree is the root needs no heads.
-
-    What it says of the old compiler, "cpu compiled", is no mode any more.
-    """
+    """The shipped file: a tree for one prompt, smaller ones for batches; a tree that is the root needs no heads."""
     model = Llama.from_pretrained(MODEL)
 
     def found(rows, *more):
@@ -181,11 +178,12 @@ def test_a_tree_for_each_mode(tmp_path):
         heads, tree, source = generate.heads_and_tree(args, model)
         return heads, len(tree.paths), source
     shipped = MODEL / "medusa" / "tree.json"
-    assert found(1)[1:] == (8, str(shipped))
-    for rows, tuned_for, nodes in ((2, 2, 4), (3, 2, 4), (8, 8, 3), (15, 8, 3), (64, 32, 3)):
+    nodes = []
+    for rows, tuned_for in ((1, "cpu"), (3, "cpu"), (4, "cpu batch 4"), (15, "cpu batch 4"), (64, "cpu batch 16")):
         heads, found_nodes, source = found(rows)
-        assert heads is not None and found_nodes == nodes
-        assert source.startswith(f"{shipped}: tuned for cpu batch {tuned_for}: a step of {nodes} nodes costs ")
+        assert heads is not None and f"{shipped}: tuned for {tuned_for}: a step of {found_nodes} nodes" in source
+        nodes.append(found_nodes)
+    assert nodes[0] == 8 and nodes == sorted(nodes, reverse=True) and nodes[-1] < 8
     tuned = {"paths": [[0]], "modes": {"cpu": {"paths": [], "remark": "plain decoding is faster on cpu"},
                                        "cpu batch 4": {"paths": [[0], [1]]}, "cuda": {"paths": [[0], [0, 0]]}}}
     write_json(tmp_path / "t.json", tuned)

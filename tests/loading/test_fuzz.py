@@ -159,10 +159,13 @@ def test_paths_are_a_tree_or_an_error(paths):
         return
     assert is_tree(paths) and tree.paths[0] == () and sorted(tree.paths[1:]) == sorted(map(tuple, paths))
     nodes, drafted = len(tree.paths), []
-    for depth, (way, slots, ranks, most) in enumerate(levels_of(tuple(tree.paths), tree.rank.device), 1):
-        for slot, rank in zip(slots.tolist(), ranks.tolist(), strict=True):
-            drafted.append((depth, way[slot].tolist(), rank))
-            assert rank < most
+    for first in (0, 1):                # with a trunk, heads see what is behind the root: nodes are counted from there
+        levels, behind = levels_of(tuple(tree.paths), first, tree.rank.device), []
+        for depth, (parents, way, pick, ranks) in enumerate(levels, 1):
+            ways = [[0][:first] + [first + j for j in row] for row in way.view(parents, depth - first).tolist()]
+            behind += [(depth, ways[n // ranks], n % ranks) for n in pick.tolist()]
+        assert first == 0 or behind == drafted
+        drafted = behind
     mask = attention_mask(torch.tensor([2]), tree.ancestors, 2 + nodes + 1)[0]      # behind two committed tokens
     assert mask.shape == (nodes, nodes + 3) and mask[:, :2].all() and not mask[:, -1].any()
     for i, p in enumerate(tree.paths):
