@@ -43,9 +43,10 @@ def is_whole(config: dict) -> bool:
 
 def heads_inside(name_or_path, revision=None) -> bool:
     """Whether a model has heads among its own tensors, which its config may keep to itself."""
-    config = read_json(locate(name_or_path, "config.json", revision))
+    if "medusa_num_heads" in read_json(locate(name_or_path, "config.json", revision)):
+        return True
     names = open_tensors(weight_files(name_or_path, revision), f"model {name_or_path}")
-    return "medusa_num_heads" in config or any(name.startswith(HEADS_INSIDE) for name in names)
+    return any(name.startswith(HEADS_INSIDE) for name in names)
 
 def share(found: dict, num_heads: int, num_layers: int, config: dict) -> None:
     """Give to all what is stored once: vLLM's shared matrix; the official code's blocks of a head, which are one

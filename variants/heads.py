@@ -166,12 +166,12 @@ class HydraHeads(StrongHeads):
         for k, (parents, way, pick, ranks) in enumerate(levels_of(tuple(tree.paths), self.first, x.device), 1):
             start, seen = (t[:, k - 1:k].expand(-1, parents, -1) for t in (x, z))           # for each parent [B, M, ..]
             if len(way):
+                embedded = torch.cat((embedded, self.embedded_drafts(drafts[-1])), dim=1)
                 tokens = embedded.index_select(1, way).view(len(x), parents, -1)
                 seen = torch.cat((seen, tokens), dim=-1)
             noise_here = None if noise is None else noise[:, k - 1:k]                       # [B, 1, D]
             guesses = MedusaHeads.best(self, self.head(k, start, seen), noise_here, sampling, ranks)
             drafts.append(guesses.flatten(1).index_select(1, pick))                         # [B, nodes of this depth]
-            embedded = torch.cat((embedded, self.embedded_drafts(drafts[-1])), dim=1)
         return self.ids_of(torch.cat(drafts, dim=1))
 
     def embedded_drafts(self, drafted: Tensor) -> Tensor:
