@@ -38,6 +38,7 @@ constexpr int W = 4, REGISTERS = 32;
 #else
 constexpr int W = 4, REGISTERS = 16;
 #endif
+#define UNROLLED _Pragma("GCC unroll 16")
 typedef float Vector __attribute__((vector_size(4 * W)));
 typedef int32_t Ints __attribute__((vector_size(4 * W)));
 typedef uint32_t Bits __attribute__((vector_size(4 * W)));
@@ -48,13 +49,17 @@ static inline Vector all(float x) { return x - Vector{}; }
 static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 static inline int64 rounded_up(int64 n, int64 to) { return (n + to - 1) / to * to; }
 
-static inline float sum(Vector x) {     // halves upon halves: the same order in every build
-    float lane[W];
-    store(lane, x);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    return lane[0];
+template <int N> struct Lanes { typedef float type __attribute__((vector_size(4 * N))); };
+template <int N> static inline float sum(typename Lanes<N>::type x) {           // halves upon halves, in registers
+    if constexpr (N == 1) return x[0];
+    else {
+        typename Lanes<N / 2>::type lower, upper;
+        memcpy(&lower, &x, sizeof lower);
+        memcpy(&upper, (char*)&x + sizeof lower, sizeof upper);
+        return sum<N / 2>(lower + upper);
+    }
 }
+static inline float sum(Vector x) { return sum<W>(x); }
 static inline float largest(Vector x) {
     float lane[W];
     store(lane, x);
@@ -166,7 +171,7 @@ struct Worker {
 // product reads memory from front to end. Two 16-bit or four 8-bit numbers share a lane of 32 bits.
 enum Kind { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 constexpr int PANEL = 2 * W;
-constexpr int AHEAD = 2048;                 // bytes to fetch ahead
+constexpr int AHEAD = 4096;                 // bytes to fetch ahead, of all panels that are read at once
 constexpr int INPUTS = 512;                 // inputs at a time, so that those of 8 rows stay in the first cache
 constexpr int MOST_ROWS = REGISTERS == 32 ? 8 : 6;
 
@@ -221,27 +226,29 @@ constexpr float INT8_UNIT = 0x1p-24f;
 template <class Weights, int M, int Q>
 static void tile(const float* x, const char* w, int64 panel_bytes, int n, float* y, int64 width, int rows, bool first) {
     constexpr int step_bytes = std::is_same_v<Weights, Float32> ? 8 * W : 4 * W;        // of Weights::STEP inputs
-    Vector total[M][Q][2] = {};
-    if (!first)
-        for (int m = 0; m < rows; m++)
-            for (int q = 0; q < Q; q++)
-                for (int half : {0, 1}) total[m][q][half] = load<Vector>(y + m * width + q * PANEL + half * W);
+    Vector total[M][Q][2] = {};             // in registers: every index below is known to the compiler
+    UNROLLED for (int m = 0; m < M; m++)
+        UNROLLED for (int q = 0; q < Q; q++)
+            UNROLLED for (int half = 0; half < 2; half++)
+                if (!first && m < rows) total[m][q][half] = load<Vector>(y + m * width + q * PANEL + half * W);
     for (int i = 0; i < n; i += Weights::STEP, w += step_bytes) {
-        for (int q = 0; q < Q; q++)
-            for (int line = 0; line < step_bytes; line += 64) __builtin_prefetch(w + q * panel_bytes + AHEAD + line);
-        for (int odd = 0; odd < Weights::STEP; odd++, x += M)
-            for (int q = 0; q < Q; q++) {
+        UNROLLED for (int q = 0; q < Q; q++)
+            UNROLLED for (int line = 0; line < step_bytes; line += 64)
+                __builtin_prefetch(w + q * panel_bytes + AHEAD / Q + line);
+        UNROLLED for (int odd = 0; odd < Weights::STEP; odd++, x += M)
+            UNROLLED for (int q = 0; q < Q; q++) {
                 Vector a, b;
                 Weights::weights(w + q * panel_bytes, odd, a, b);
-                for (int m = 0; m < M; m++) {
+                UNROLLED for (int m = 0; m < M; m++) {
                     total[m][q][0] += x[m] * a;
                     total[m][q][1] += x[m] * b;
                 }
             }
     }
-    for (int m = 0; m < rows; m++)
-        for (int q = 0; q < Q; q++)
-            for (int half : {0, 1}) store(y + m * width + q * PANEL + half * W, total[m][q][half]);
+    UNROLLED for (int m = 0; m < M; m++)
+        UNROLLED for (int q = 0; q < Q; q++)
+            UNROLLED for (int half = 0; half < 2; half++)
+                if (m < rows) store(y + m * width + q * PANEL + half * W, total[m][q][half]);
 }
 
 constexpr int panels_at_once(int rows) {    // as many sums as registers can hold beside weights and inputs
@@ -442,7 +449,7 @@ struct Engine {
     std::vector<std::vector<float>> scratch;
     Buffer x_, y_, q_, k_, v_, attended_, gate_, up_, nodes_, hidden_, logits_, input_, start_, draft_;
     float *x, *y, *q, *k, *v, *attended, *gate, *up, *nodes, *hidden, *logits;
-    int64 rows, T, chain;                   // of the newest forward: B, nodes of a row, how many of them are a chain
+    int64 rows, T;                          // of the newest forward: B, nodes of a row
     std::vector<int64> ids, guesses, path, sampled;
     double clock[5];
 
@@ -460,15 +467,15 @@ struct Engine {
             job(worker);
         });
     }
-    void reserve(int64 B, int64 nodes_of_a_row, int64 chained) {
-        rows = B, T = nodes_of_a_row, chain = chained;
+    void reserve(int64 B, int64 nodes_of_a_row, bool is_tree) {
+        rows = B, T = nodes_of_a_row;
         int64 R = B * T;
         const Layer& l = model.layer[0];
         x = x_.at(R * model.hidden), hidden = hidden_.at(R * model.hidden);
         y = y_.at(R * l.o.width()), attended = attended_.at(R * model.heads * model.head_dim);
         q = q_.at(R * l.q.width()), k = k_.at(R * l.k.width()), v = v_.at(R * l.v.width());
         gate = gate_.at(R * l.gate.width()), up = up_.at(R * l.up.width());
-        if (T > chain) nodes = nodes_.at(model.layers * B * node_stride());
+        if (is_tree) nodes = nodes_.at(model.layers * B * node_stride());
     }
 };
 
@@ -525,12 +532,12 @@ static void weighted(const float* weights, int64 stride, const float* values, in
 template <int R>
 static void attend(Engine& e, State& s, const Tree* tree, float* scratch, int64 layer, int64 row, int64 node, int64 head) {
     int64 D = e.model.head_dim, A = e.model.heads, g = head / (A / e.model.kv_heads);
-    bool chain = node < e.chain;
+    bool chain = !tree;
     Slots cache = cache_of(e, s, layer, row);
     int64 length[R], slots[R], most = 0;
     const float* query[R];
     for (int r = 0; r < R; r++) {
-        length[r] = s.length[row] + (chain ? node + r + 1 : e.chain);           // what is in the cache and seen
+        length[r] = s.length[row] + 1 + (chain ? node + r : 0);                 // what is in the cache and seen
         slots[r] = length[r] + (chain ? 0 : tree->depth[node + r]);             // one more than needed does no harm
         most = std::max(most, slots[r]);
         query[r] = e.q + (row * e.T + node + r) * e.model.layer[0].q.width() + head * D;
@@ -592,7 +599,7 @@ static void attention(Worker& worker, Engine& e, State& s, const Tree* tree, int
     for (int64 u = worker.begin(units); u < worker.end(units); u++) {
         int64 row = u / e.model.heads, head = u % e.model.heads;
         for (int64 node = 0; node < e.T;) {
-            int64 left = (node < e.chain ? e.chain : e.T) - node;
+            int64 left = e.T - node;
             if (left >= 4) attend<4>(e, s, tree, scratch, layer, row, node, head), node += 4;
             else if (left >= 2) attend<2>(e, s, tree, scratch, layer, row, node, head), node += 2;
             else attend<1>(e, s, tree, scratch, layer, row, node, head), node++;
@@ -601,7 +608,7 @@ static void attention(Worker& worker, Engine& e, State& s, const Tree* tree, int
 }
 
 // Rotate queries and keys by their positions; put keys and values into the cache (the chain) or among the nodes.
-static void rotate_and_store(Worker& worker, Engine& e, State& s, const int64* depth, int64 layer) {
+static void rotate_and_store(Worker& worker, Engine& e, State& s, const Tree* tree, const int64* depth, int64 layer) {
     const Model& m = e.model;
     int64 D = m.head_dim, half = D / 2, units = m.heads + m.kv_heads, n = e.rows * e.T * units;
     float scale = 1 / std::sqrt((float)D), rotated[D];
@@ -619,7 +626,7 @@ static void rotate_and_store(Worker& worker, Engine& e, State& s, const int64* d
             for (int64 d = 0; d < D; d++) x[d] = rotated[d] * scale;
             continue;
         }
-        bool chain = node < e.chain;
+        bool chain = !tree || node == 0;
         Slots to = chain ? cache_of(e, s, layer, row) : nodes_of(e, layer, row);
         int64 offset = Slots::offset(chain ? s.length[row] + node : node, D);
         const float* value = e.v + r * m.layer[layer].v.width() + g * D;
@@ -656,7 +663,7 @@ static void forward(Worker& worker, Engine& e, State& s, const Tree* tree, const
         const Layer& l = m.layer[i];
         product(worker, {e.x, H, l.input_norm, eps}, R, {&l.q, &l.k, &l.v}, {e.q, e.k, e.v});
         worker.barrier();
-        rotate_and_store(worker, e, s, depth, i);
+        rotate_and_store(worker, e, s, tree, depth, i);
         worker.barrier();
         attention(worker, e, s, tree, i);
         worker.barrier();
@@ -949,16 +956,15 @@ Engine* engine_new(const Model* model) { return new Engine(*model); }
 void engine_free(Engine* engine) { delete engine; }
 void engine_threads(Engine* engine, int64 threads) { engine->set_threads(threads); }
 
-int64 engine_matrix_bytes(const Matrix* m) { return m->panels() * m->panel_bytes() + AHEAD; }
+int64 engine_matrix_bytes(const Matrix* m) { return m->panels() * m->panel_bytes(); }
+void engine_pack(Matrix* m, int64 first, int64 rows, const void* source) { pack(*m, first, rows, source); }
 
-void engine_pack(Matrix* m, int64 first, int64 rows, const void* source) {
+// Ask for large pages, before anything is written: the memory is read from end to end at each step.
+void engine_large_pages(char* memory, int64 bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (first == 0) {                       // large pages: the memory is read from end to end each step
-        uintptr_t begin = rounded_up((uintptr_t)m->data, 4096), end = (uintptr_t)m->data + engine_matrix_bytes(m);
-        if (end > begin + (2 << 20)) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-    }
+    uintptr_t begin = rounded_up((uintptr_t)memory, 4096), end = (uintptr_t)(memory + bytes) / 4096 * 4096;
+    if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
 #endif
-    pack(*m, first, rows, source);
 }
 
 void engine_embed(const Matrix* m, int64 n, const int64* ids, float* out) {
@@ -971,7 +977,7 @@ void engine_product(Engine* e, const Matrix* m, int64 rows, const float* x, floa
 
 // A chain of T new tokens for each row (tree null), or a tree, whose root is a chain of one → hidden [B, T, H].
 const float* engine_forward(Engine* e, State* s, const Tree* tree, int64 T, const int64* ids, const int64* depth) {
-    e->reserve(s->rows, T, tree ? 1 : T);
+    e->reserve(s->rows, T, tree != nullptr);
     e->run([&](Worker& worker) { forward(worker, *e, *s, tree, ids, depth); });
     return e->hidden;
 }
@@ -1004,10 +1010,10 @@ void engine_step(Engine* e, State* s, const Heads* heads, const Tree* tree, cons
         clock(0);
         if (N > 1) draft(worker, *e, *s, *heads, *tree, *sampling);
         else if (worker.id == 0) e->ids.assign(s->token, s->token + B);
-        if (worker.id == 0) e->reserve(B, N, 1), e->logits = e->logits_.at(B * N * lm_head.width());
+        if (worker.id == 0) e->reserve(B, N, N > 1), e->logits = e->logits_.at(B * N * lm_head.width());
         worker.barrier();
         clock(1);
-        forward(worker, *e, *s, tree, e->ids.data(), tree->depth);
+        forward(worker, *e, *s, N > 1 ? tree : nullptr, e->ids.data(), tree->depth);
         product(worker, {e->hidden, e->model.hidden}, B * N, {&lm_head}, {e->logits});
         worker.barrier();
         clock(2);

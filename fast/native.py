@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from ctypes import POINTER, Structure, byref, c_double, c_int64, c_void_p
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -120,8 +121,7 @@ class Packed:
         self.scale = torch.empty(outputs) if dtype == torch.int8 else None
         pointer = lambda tensor: None if tensor is None else tensor.data_ptr()
         self.struct = MatrixStruct(KINDS[dtype], outputs, inputs, None, pointer(self.scale), pointer(bias))
-        self.data = torch.empty(lib.engine_matrix_bytes(byref(self.struct)), dtype=torch.uint8, device="cpu")
-        self.struct.data = self.data.data_ptr()
+        self.bytes = lib.engine_matrix_bytes(byref(self.struct))
 
     def fill(self, rows: slice, values: Tensor) -> "Packed":
         values = values.to(torch.float32 if self.dtype == torch.int8 else self.dtype).contiguous()
@@ -135,6 +135,15 @@ class Packed:
         self.lib.engine_embed(byref(self.struct), c_int64(ids.numel()), c_void_p(ids.data_ptr()),
                               c_void_p(out.data_ptr()))
         return out
+
+def allocate(lib: ctypes.CDLL, matrices) -> Tensor:
+    """One piece of memory for all of them, in their order, on large pages where the system has them."""
+    sizes = [-(-matrix.bytes // 64) * 64 for matrix in matrices]
+    memory = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
+    lib.engine_large_pages(c_void_p(memory.data_ptr()), c_int64(len(memory)))
+    for matrix, begin in zip(matrices, accumulate(sizes, initial=memory.data_ptr()), strict=False):
+        matrix.struct.data = begin
+    return memory
 
 class NativeLinear(nn.Module):
     """lm_head, as a module."""
@@ -169,6 +178,7 @@ class NativeLlama(nn.Module):
                 bias = None if module.bias is None else torch.empty(len(module.bias))
                 self.matrices[name] = Packed(self.lib, module.out_features, module.in_features, linear, bias)
         self.matrices["embed_tokens"] = Packed(self.lib, config.vocab_size, config.hidden_size, dtype)
+        self.memory = allocate(self.lib, self.matrices.values())
         self.fill(pieces, dict(skeleton.named_parameters()))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm.weight = nn.Parameter(self.vectors["norm"], requires_grad=False)
@@ -288,8 +298,9 @@ class PackedHeads:
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> MatrixStruct:
         bias = None if bias is None else bias.detach().float().contiguous()
-        packed = Packed(self.lib, *weight.shape, torch.bfloat16, bias).fill(slice(0, len(weight)), weight.detach())
-        self.kept.append(packed)
+        packed = Packed(self.lib, *weight.shape, torch.bfloat16, bias)
+        self.kept += [packed, allocate(self.lib, [packed])]
+        packed.fill(slice(0, len(weight)), weight.detach())
         return packed.struct
 
     def block(self, block: nn.Module) -> BlockStruct:
