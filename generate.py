@@ -19,7 +19,6 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-import torch
 
 from extras.chat import Chat, interactive
 from extras.command_line import ArgumentParser, command_line, row_seed, set_threads
@@ -28,7 +27,7 @@ from extras.explain import explaining
 from extras.options import check_generate_options, generate_options
 from extras.report import figures, print_batch, printer, report, traced
 from extras.tune import tune
-from fast import int8
+from fast import engines
 from llama import Llama
 from loading.checkpoint import TORCH_DTYPES
 from loading.config import check_prompts
@@ -38,11 +37,11 @@ from loading.heads import base_of, heads_inside
 from loading.templates import SYSTEM, question, template_of
 from loading.tokenizer import Tokenizer
 from loading.trees import read_tree
-from tinymedusa import Decoder, MedusaHeads, PlainDecoder, Sampling, Stages, Tree, call
+from tinymedusa import ROOT, Decoder, MedusaHeads, Sampling, Stages, Tree, call
 from train_heads import evaluate
 from variants import batches
 from variants.heads import load_heads
-from variants.lookup import Lookup, LookupDecoder
+from variants.lookup import Lookup
 from variants.typical import Typical
 
 OPENING = "Once upon a time, there was a little girl named Lily who loved to play in the garden."
@@ -64,7 +63,7 @@ def heads_and_tree(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None,
     if args.heads == "lookup":
         if args.tune:
             raise UserError("--tune fits a tree to trained heads; prompt lookup drafts a chain: give --tree")
-        heads = Lookup()
+        heads = Lookup(model.config)
         chain = heads.chain if args.tree is None else read_tree("", len(heads), heads.draft_size, args.tree)[0]
         return heads if chain else None, Tree.from_paths(chain), "prompt lookup"
     folder = heads_folder(args)
@@ -77,16 +76,12 @@ def heads_and_tree(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None,
         if not args.tree and not Path(args.heads or args.model).is_dir():
             raise UserError(f"{args.heads or args.model} is on the hub: say with --tree FILE where to write the tree")
         return heads, None, args.tree or str(Path(folder) / "tree.json")
-    device = torch.device(args.device).type
-    paths, source = read_tree(folder, len(heads), heads.draft_size, args.tree, device, args.batch_size,
+    paths, source = read_tree(folder, len(heads), heads.draft_size, args.tree, engines.mode(model), args.batch_size,
                               args.temperature)
     return heads if paths else None, Tree.from_paths(paths), source
 
 def decoder_of(args, model: Llama, heads: MedusaHeads | None, tree: Tree | None) -> Decoder:
-    if heads is None:
-        return PlainDecoder(model, args.sampling)
-    kind = LookupDecoder if args.heads == "lookup" else Decoder
-    decoder = kind(model, heads, tree, args.sampling)
+    decoder = engines.decoder(model, heads, tree or ROOT, args.sampling)
     if args.acceptance == "typical":
         decoder.accept = Typical(args.epsilon, args.delta)
     return decoder
@@ -144,7 +139,7 @@ def one_prompt(decoder: Decoder, tokenizer: Tokenizer, prompt: str, ids: list, s
     if not args.compare:
         result = run(decoder, tokenizer, ids, args, seed, printer(args, prompt))
         return {"prompt": prompt, "prompt_tokens": len(ids), **result}
-    plain = PlainDecoder(decoder.model, args.sampling)
+    plain = engines.decoder(decoder.model, sampling=args.sampling)
     decode = lambda decoder, emit: run(decoder, tokenizer, ids, args, seed, emit)
     return {"prompt": prompt, "prompt_tokens": len(ids), **compared(plain, decoder, decode, ids, seed, prompt, args)}
 
@@ -165,8 +160,7 @@ def main():
     prompts = [prompt for prompt in prompts for _ in range(args.samples)]
     if base := base_of(args.model, args.revision):
         args.model, args.heads = base, args.heads or args.model     # the name of published heads alone
-    load = int8.load if args.quantize else Llama.from_pretrained
-    model = load(args.model, dtype=TORCH_DTYPES.get(args.dtype), device=args.device, revision=args.revision)
+    model = engines.load(args.model, TORCH_DTYPES.get(args.dtype), args.device, args.revision, args.quantize, args.fast)
     tokenizer = Tokenizer(args.model, model.config, args.revision)
     heads, tree, tree_source = heads_and_tree(args, model)
     if args.tune:

@@ -22,14 +22,15 @@ from tqdm import tqdm
 
 from extras.command_line import ArgumentParser, command_line, row_seed, set_threads, shard
 from extras.options import prepare_options
-from llama import Llama, LlamaConfig
+from fast import engines
+from llama import LlamaConfig
 from loading.checkpoint import TORCH_DTYPES
 from loading.config import check_prompts
 from loading.documents import BATCH, HELD_OUT, Partial, conversations, document, openings_of, texts, write_tokens
 from loading.files import UserError, locate, model_name
 from loading.templates import question
 from loading.tokenizer import Tokenizer
-from tinymedusa import Decoder, PlainDecoder, Sampling, Tree
+from tinymedusa import Decoder, Sampling, Tree
 from variants import batches
 from variants.heads import load_heads
 
@@ -138,8 +139,8 @@ def source_items(args):
     """What the source holds: texts, or conversations (lists of rounds), split, limited, without doubles to continue."""
     if args.first_words and (args.sharegpt or args.openings):
         raise UserError("--first-words makes conversations of texts: give --text or --tinystories")
-    if (args.heads or args.dtype) and not (args.distill or args.openings):
-        raise UserError("--heads and --dtype are for text that the model writes: add --distill")
+    if (args.heads or args.dtype or args.fast) and not (args.distill or args.openings):
+        raise UserError("--heads, --dtype and --fast are for text that the model writes: add --distill")
     if Path(args.out).resolve() in [Path(p).resolve() for p in (args.text, args.sharegpt, args.openings) if p]:
         raise UserError(f"{args.out} is the source itself: give --out another name")
     if args.sharegpt:
@@ -168,12 +169,13 @@ def own_items(args, items) -> dict:
     return items
 
 def decoder_of(args) -> Decoder:
-    model = Llama.from_pretrained(args.model, TORCH_DTYPES.get(args.dtype), args.device)
+    model = engines.load(args.model, TORCH_DTYPES.get(args.dtype), args.device, fast=args.fast)
     set_threads(model, args.threads, args.batch_size)
+    sampling = Sampling(args.temperature)
     if not args.heads:
-        return PlainDecoder(model, Sampling(args.temperature))
+        return engines.decoder(model, sampling=sampling)
     heads = load_heads(args.heads, model)
-    return Decoder(model, heads, Tree.from_pretrained(args.heads, heads, args.temperature), Sampling(args.temperature))
+    return engines.decoder(model, heads, Tree.from_pretrained(args.heads, heads, args.temperature), sampling)
 
 def distilled(args, items: dict, tokenizer: Tokenizer, out: Path, source: dict) -> dict:
     """Writes the token file of the model's own text for the items → its facts. A stop leaves a `Partial` beside it."""
@@ -208,7 +210,7 @@ def prepare(args) -> tuple[str, dict]:
     items, out = source_items(args), Path(args.out)
     if world > 1:
         out = out.with_name(f"{out.stem}-{rank:05d}-of-{world:05d}{out.suffix}")
-    free = ("model", "out", "device", "threads", "heads", "batch_size")
+    free = ("model", "out", "device", "threads", "heads", "batch_size", "fast")
     options = {k: v for k, v in vars(args).items() if v and k not in free}
     source = {"model": model_name(args.model)} | {
         k: Path(v).name if k in ("text", "sharegpt", "openings") else v for k, v in options.items()}

@@ -109,7 +109,7 @@ def main():
                 continue                                                         # all rules are one there
             sampling = Sampling(temperature, **options)
             if kind is LookupDecoder:
-                drafter, trees = Lookup(), [Tree.from_paths(Lookup.chain)] * 2
+                drafter, trees = Lookup(model.config), [Tree.from_paths(Lookup.chain)] * 2
             else:
                 paths, _ = read_tree(folder, len(heads), heads.draft_size, mode="cpu", temperature=temperature)
                 drafter, trees = heads, [grown(model, tokenizer, heads, sampling, args), Tree.from_paths(paths)]

@@ -68,7 +68,7 @@ def ours(folder, args):
         None: PlainDecoder(model),
         "own": Decoder(model, heads, Tree.from_paths(own)),
         "published": Decoder(model, heads, Tree.from_paths(published)),
-        "lookup": LookupDecoder(model, Lookup(), Tree.from_paths(Lookup.chain)),
+        "lookup": LookupDecoder(model, Lookup(model.config), Tree.from_paths(Lookup.chain)),
     }
 
     def run(ids, medusa=None, stages=call):

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 from threading import Timer
 import torch
+from fast import engines
 from llama import Llama
 from loading.files import UserError
-from tinymedusa import PlainDecoder, Stages
+from tinymedusa import Stages
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are one line, as all others are."""
@@ -41,22 +42,22 @@ def shard() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def set_threads(model: Llama, threads: int | str = "auto", rows: int = 1) -> None:
-    """torch's CPU threads: a number, or `auto`: 1 or all cores, whichever decodes `rows` rows faster here and now. On a
-    tiny model threads mostly wait for each other, ten times longer when anything else runs on the machine."""
+    """The engine's CPU threads: a number, or `auto`: 1 or all cores, whichever decodes `rows` rows faster here and now.
+    On a tiny model threads mostly wait for each other, ten times longer when anything else runs on the machine."""
     if threads != "auto":
-        return torch.set_num_threads(threads)
+        return engines.set_threads(model, threads)
     chosen = shard()[1] > 1 or "OMP_NUM_THREADS" in os.environ                      # by torchrun or the user
     if chosen or model.norm.weight.device.type != "cpu" or model.config.max_position_embeddings < 16:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fastest = {}
     for count in {1, cores}:
-        torch.set_num_threads(count)
+        engines.set_threads(model, count)
         clock = Stages("cpu")
-        for _ in PlainDecoder(model, eos=(), run=clock).generate([[0]] * rows, 7):
+        for _ in engines.decoder(model, eos=(), run=clock).generate([[0]] * rows, 7):
             pass
         fastest[count] = min(clock.seconds["base_inference"]) * (1 if count == 1 else 1.1)     # more must win clearly
-    torch.set_num_threads(min(fastest, key=fastest.get))
+    engines.set_threads(model, min(fastest, key=fastest.get))
 
 def device(text: str) -> str:
     """An argparse type: a torch device that exists here."""

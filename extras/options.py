@@ -14,7 +14,8 @@ APART = {       # options of generate.py → those that make no sense beside the
     "--interactive": "--json --compare --prompt",
     "--prompts-file": "--prompt --interactive --compare --trace --max-steps --show-accepted",
     "--tune": "--prompt --interactive --prompts-file --compare --profile --trace --max-steps --show-accepted",
-    "--explain": "--json --interactive --prompts-file --compare --tune --profile --trace --max-steps"}
+    "--explain": "--json --interactive --prompts-file --compare --tune --profile --trace --max-steps",
+    "--fast": "--explain --trace"}          # which show torch's own step
 
 def text_argument(text: str) -> str:
     try:
@@ -50,6 +51,7 @@ def generate_options(parser: ArgumentParser) -> None:
     add("--quantize", choices=["int8"], help="weights in 8 bits, a scale for each output")
     add("--device", type=device, default="cpu")
     add("--threads", type=threads, default="auto", help="a number, or auto: measured at start")
+    flag("--fast", "on a CPU the whole step in C++ (built on first use), on a GPU CUDA graphs")
     flag("--compile", argparse.SUPPRESS)
     flag("--compare", "decode plainly too: same tokens? what speed-up?")
     flag("--profile", "time each stage")
@@ -65,7 +67,7 @@ def generate_options(parser: ArgumentParser) -> None:
 
 def check_generate_options(args) -> None:
     if args.compile:
-        raise UserError("--compile is gone; --fast will come with the native step: leave --compile out")
+        raise UserError("--compile is gone: give --fast")
     given = {f"--{name.replace('_', '-')}" for name, value in vars(args).items() if value not in (None, False)}
     for option, others in APART.items():
         if option in given and (wrong := given.intersection(others.split())):
@@ -97,6 +99,7 @@ def prepare_options(parser: ArgumentParser) -> None:
     add("--batch-size", type=number(int, 1), default=128, help="rows written at once")
     add("--dtype", choices=DTYPES, help="of the model that writes (default: float32 on the CPU, else the checkpoint's)")
     add("--device", type=device, default="cpu")
+    add("--fast", action="store_true", help="write with the engine of generate.py --fast")
     add("--threads", type=threads, default="auto", help="of that model: a number, or auto: measured at start")
 
 def train_options(parser: ArgumentParser) -> None:

@@ -8,13 +8,14 @@ import torch
 from tqdm import tqdm
 from extras.command_line import row_seed, set_threads
 from extras.forecast import grow_tree, joint_hits, simulate
+from fast import engines
 from llama import Llama
 from loading.config import check_prompts
 from loading.documents import Document, document, openings_of
 from loading.files import UserError, read_json, write_json
 from loading.tokenizer import Tokenizer
 from loading.trees import by_temperature, drawing, with_temperatures
-from tinymedusa import Decoder, MedusaHeads, PlainDecoder, Tree
+from tinymedusa import ROOT, MedusaHeads, Tree
 from variants import batches
 
 NODES, ROUNDS, STEPS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), 6, 10   # sizes of tree; each is timed 6 x 10 steps
@@ -26,7 +27,8 @@ def own_texts(model: Llama, tokenizer: Tokenizer, args) -> list[Document]:
     check_prompts(openings, model.config)
     prompts = sorted(openings, key=len)
     seeds = [row_seed(args.seed, i) for i in range(len(prompts))]
-    steps = batches.generate(PlainDecoder(model, args.sampling), prompts, args.max_new_tokens, seeds, batch_size=64)
+    plain = engines.decoder(model, sampling=args.sampling)
+    steps = batches.generate(plain, prompts, args.max_new_tokens, seeds, batch_size=64)
     bar = tqdm(batches.finished(steps), desc="writing texts", total=len(prompts))
     new = {i: sum(ids, []) for i, ids, _ in bar}
     return [document((prompt, False), (new[i], True)) for i, prompt in enumerate(prompts)]
@@ -37,7 +39,7 @@ def step_seconds(model: Llama, heads: MedusaHeads, trees: list, prompts: list, a
     seconds = [[] for _ in trees]
     for _ in tqdm(range(ROUNDS), desc="timing"):
         for tree, times in zip(trees, seconds, strict=True):
-            decoder = Decoder(model, heads, tree, args.sampling) if tree else PlainDecoder(model, args.sampling)
+            decoder = engines.decoder(model, tree and heads, tree or ROOT, args.sampling)
             steps = islice(decoder.generate(prompts, 10 * STEPS), STEPS + 1)
             next(steps)                                                          # the prefill
             begin = time.perf_counter()
@@ -68,7 +70,7 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads | None, path: st
     trees = grown_trees(hits, heads)
     if not trees or not any(map(torch.any, own[1])):
         raise UserError("no guess of these heads was right in any text: raise --max-new-tokens or train them longer")
-    batch, name = args.batch_size, torch.device(args.device).type
+    batch, name = args.batch_size, engines.mode(model)
     name += f" batch {batch}" if batch > 1 else ""
     set_threads(model, args.threads, batch)
     longest = max(documents, key=len).ids

@@ -11,7 +11,8 @@ ROOMS = ["loading", "fast", "variants", "extras"]
 # what a file of each room may import of the project
 MAY_IMPORT = {
     "loading": {"loading"}, "llama": {"loading"}, "tinymedusa": {"loading", "llama"},
-    "fast": {"loading", "llama", "tinymedusa", "fast"}, "variants": {"loading", "llama", "tinymedusa", "variants"},
+    "variants": {"loading", "llama", "tinymedusa", "variants"},
+    "fast": {"loading", "llama", "tinymedusa", "variants", "fast"},
     "extras": {"loading", "llama", "tinymedusa", "fast", "variants", "extras"},
     "scripts": {"loading", "llama", "tinymedusa", "fast", "variants", "extras", "prepare_data", "train_heads"}}
 PROJECT = {"llama", "tinymedusa", "generate", "prepare_data", "train_heads", *ROOMS}

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import random_prompt, tiny_llama
 
+from llama import LlamaConfig
 from loading.trees import check_paths
 from tinymedusa import GREEDY, PlainDecoder, Sampling, Tree
 from variants import batches
@@ -35,7 +36,7 @@ def chain(depth):
 def test_drafts_continue_the_longest_earlier_match(dtype, vocab_size):
     """Ids of three bytes are exact in 16 bits; the text is read from the cache, behind a prefill in chunks too."""
     model, rng = tiny_llama(dtype=dtype, vocab_size=vocab_size, max_position_embeddings=400), random.Random(0)
-    decoder = LookupDecoder(model, Lookup(), chain(7), GREEDY, eos=())
+    decoder = LookupDecoder(model, Lookup(model.config), chain(7), GREEDY, eos=())
     ids = [rng.randrange(vocab_size) for _ in range(5)] + [vocab_size - 1]
     prompts = [[rng.choice(ids) for _ in range(rng.choice([2, 9, 40, 300]))] for _ in range(12)]
     with torch.inference_mode():
@@ -59,7 +60,7 @@ def test_the_text_is_plain_decodings(sampling):
     expected = [sum((new for (new,) in PlainDecoder(model, sampling).generate([p], 50, [i])), [])
                 for i, p in enumerate(prompts)]
     for depth in (1, 4):
-        decoder = LookupDecoder(model, Lookup(), chain(depth), sampling)
+        decoder = LookupDecoder(model, Lookup(model.config), chain(depth), sampling)
         for size in (1, 3, 9):                                                   # rows that wait and are replaced
             texts = [[] for _ in prompts]
             for new in batches.generate(decoder, prompts, 50, batch_size=size):
@@ -73,7 +74,7 @@ def test_the_text_is_plain_decodings(sampling):
 
 
 def test_a_chain_is_all_it_can_draft(cli, tiny_folder):
-    assert check_paths(Lookup.chain, len(Lookup()), Lookup.draft_size) == Lookup.chain
+    assert check_paths(Lookup.chain, len(Lookup(LlamaConfig())), Lookup.draft_size) == Lookup.chain
     status, _, err = cli("generate", "--model", tiny_folder, "--heads", "lookup", "--tree", "[[0],[1]]")
     assert status == 2 and "path [1] has rank 1" in err
     (tiny_folder / "o.txt").write_text("a\nb\nc\nd\n")
