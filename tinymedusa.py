@@ -404,9 +404,9 @@ class Decoder:
         state, out, count = self.run("init", self.start, prompts, max_new_tokens, seeds, cache)
         while True:
             yield [ids[:n] for ids, n in zip(out.tolist(), count.tolist(), strict=True)]
-            if not state.remaining.any():
+            if not any(state.remaining.tolist()):
                 return
-            used = int(state.length.max()) + len(self.tree.paths)
+            used = max(state.length.tolist()) + len(self.tree.paths)
             window = self.window(used, cache)
             state, out, count = self.step(state, window, self.run)
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("c++", "clang++", "g++")
 
 class Unavailable(Exception):

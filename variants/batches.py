@@ -38,10 +38,10 @@ def generate(decoder: Decoder, prompts: list, max_new_tokens: int, seeds=None, b
                 state, new[i] = admit(decoder, state, row, prompts[i], max_new_tokens, seeds[i], used)
                 remaining, used = int(state.remaining[row]), int(state.length[row])
         yield new
-        if not state.remaining.any():
+        if not any(state.remaining.tolist()):
             return
         state, rows = without_finished(state, rows)
-        window = decoder.window(int(state.length.max()) + len(decoder.tree.paths), state.cache)
+        window = decoder.window(max(state.length.tolist()) + len(decoder.tree.paths), state.cache)
         state, out, count = decoder.step(state, window, decoder.run)
 
 def finished(steps):
