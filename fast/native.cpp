@@ -167,24 +167,31 @@ struct Worker {
 };
 
 // ----------------------------------------------------------------------------------------------------------- products
-// Weights are packed in panels of 2 vectors of outputs; in a panel one input's 2 W weights follow the other's, so a
+// Weights are packed in blocks of inputs, a block in panels of 2 vectors of outputs, a panel input by input, so that a
 // product reads memory from front to end. Two 16-bit or four 8-bit numbers share a lane of 32 bits.
 enum Kind { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 constexpr int PANEL = 2 * W;
-constexpr int AHEAD = 4096;                 // bytes to fetch ahead, of all panels that are read at once
+constexpr int AHEAD = 8192;                 // bytes to fetch ahead, of all panels that are read at once
 constexpr int INPUTS = 512;                 // inputs at a time, so that those of 8 rows stay in the first cache
 constexpr int MOST_ROWS = REGISTERS == 32 ? 8 : 6;
 
 struct Matrix {                             // y = W x + bias; as in native.py
-    int64 kind, outputs, inputs;
+    int64 kind, outputs, inputs, from_memory;       // from_memory: too much to stay in the cache, with all others
     char* data;                             // [panels, inputs, PANEL]; null: there is no such matrix
     float* scale;                           // [outputs] INT8: what a weight's unit is worth
     const float* bias;                      // [outputs] or null
 
     int64 panels() const { return (outputs + PANEL - 1) / PANEL; }
     int64 width() const { return panels() * PANEL; }                            // floats of a row of outputs
-    int64 panel_bytes() const { return bytes_per_input() * rounded_up(inputs, 2); }
     int64 bytes_per_input() const { return PANEL * (kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2); }
+    int64 bytes() const { return panels() * bytes_per_input() * rounded_up(inputs, 2); }
+    // of a panel in the block whose first input this is, a multiple of INPUTS
+    int64 panel_bytes(int64 first) const {
+        return bytes_per_input() * std::min<int64>(INPUTS, rounded_up(inputs, 2) - first);
+    }
+    char* panel(int64 number, int64 first) const {
+        return data + panels() * bytes_per_input() * first + number * panel_bytes(first);
+    }
 };
 
 struct Float32 {
@@ -251,9 +258,9 @@ static void tile(const float* x, const char* w, int64 panel_bytes, int n, float*
                 if (m < rows) store(y + m * width + q * PANEL + half * W, total[m][q][half]);
 }
 
-constexpr int panels_at_once(int rows) {    // as many sums as registers can hold beside weights and inputs
-    return std::max(1, std::min(4, REGISTERS * 3 / 4 / (2 * rows)));
-}
+// Panels at once: memory is read fastest from end to end, one panel after the other; in the cache, few rows have too few
+// sums to keep the multipliers busy.
+constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 constexpr int tile_rows(int rows) {         // 5 rows are computed as 6, 7 as 8
     return rows <= 4 ? rows : rows <= 6 ? 6 : 8;
 }
@@ -262,12 +269,11 @@ constexpr int tile_rows(int rows) {         // 5 rows are computed as 6, 7 as 8
 template <class Weights, int M>
 static void panels(const float* x, const Matrix& m, int64 begin, int64 end, int64 input, int n, float* y, int rows) {
     constexpr int Q = panels_at_once(M);
-    int64 bytes = m.panel_bytes(), offset = m.bytes_per_input() * input;
-    for (int64 p = begin; p < end;) {
-        const char* w = m.data + p * bytes + offset;
-        if (p + Q <= end) tile<Weights, M, Q>(x, w, bytes, n, y + p * PANEL, m.width(), rows, input == 0), p += Q;
-        else tile<Weights, M, 1>(x, w, bytes, n, y + p * PANEL, m.width(), rows, input == 0), p++;
-    }
+    int64 bytes = m.panel_bytes(input), p = begin;
+    for (; !m.from_memory && p + Q <= end; p += Q)
+        tile<Weights, M, Q>(x, m.panel(p, input), bytes, n, y + p * PANEL, m.width(), rows, input == 0);
+    for (; p < end; p++)
+        tile<Weights, M, 1>(x, m.panel(p, input), bytes, n, y + p * PANEL, m.width(), rows, input == 0);
 }
 
 template <class Weights>
@@ -360,8 +366,7 @@ static void product(Worker& worker, Input in, int64 rows, std::initializer_list<
 // Rows [first, first + rows) of a matrix into its panels, from row-major `source` of float32 or of the kind's own 16 bits.
 static void pack(Matrix& m, int64 first, int64 rows, const void* source) {
     for (int64 r = 0; r < rows; r++) {
-        int64 o = first + r, lane = o % W, half = o % PANEL / W;
-        char* panel = m.data + o / PANEL * m.panel_bytes();
+        int64 o = first + r, half = o % PANEL / W, lane = o % W;
         const float* wide = (const float*)source + r * m.inputs;
         const uint16_t* narrow = (const uint16_t*)source + r * m.inputs;
         float unit = 1;
@@ -372,24 +377,27 @@ static void pack(Matrix& m, int64 first, int64 rows, const void* source) {
             m.scale[o] = unit * INT8_UNIT;
         }
         for (int64 i = 0; i < m.inputs; i++) {
-            if (m.kind == FLOAT32) ((float*)panel)[i * PANEL + half * W + lane] = wide[i];
-            else if (m.kind == INT8) {
+            char* panel = m.panel(o / PANEL, i / INPUTS * INPUTS);
+            int64 j = i % INPUTS;
+            if (m.kind == FLOAT32) ((float*)panel)[j * PANEL + half * W + lane] = wide[i];
+            else if (m.kind != INT8) ((uint16_t*)panel)[(j * W + lane) * 2 + half] = narrow[i];
+            else {
                 float value = std::min(127.0f, std::max(-127.0f, std::nearbyint(wide[i] / unit)));
-                int place = 3 - 2 * (i % 2) - (1 - half);                       // which byte of the lane
-                panel[(i / 2 * W + lane) * 4 + place] = (int8_t)value;
-            } else ((uint16_t*)panel)[(i * W + lane) * 2 + half] = narrow[i];
+                panel[(j / 2 * W + lane) * 4 + 2 - 2 * (j % 2) + half] = (int8_t)value;        // see Int8::weights
+            }
         }
     }
 }
 
 // One row of a packed matrix of floats, as floats: the embedding of a token.
 static void unpacked_row(const Matrix& m, int64 o, float* to) {
-    const char* panel = m.data + o / PANEL * m.panel_bytes();
-    int64 lane = o % W, half = o % PANEL / W;
+    int64 half = o % PANEL / W, lane = o % W;
     for (int64 i = 0; i < m.inputs; i++) {
-        uint32_t bits = m.kind == FLOAT32 ? 0 : ((const uint16_t*)panel)[(i * W + lane) * 2 + half] << 16;
-        if (m.kind == FLOAT32) to[i] = ((const float*)panel)[i * PANEL + half * W + lane];
-        else if (m.kind == BFLOAT16) memcpy(to + i, &bits, 4);
+        const char* panel = m.panel(o / PANEL, i / INPUTS * INPUTS);
+        int64 j = i % INPUTS;
+        if (m.kind == FLOAT32) { to[i] = ((const float*)panel)[j * PANEL + half * W + lane]; continue; }
+        uint32_t bits = (uint32_t)((const uint16_t*)panel)[(j * W + lane) * 2 + half] << 16;
+        if (m.kind == BFLOAT16) memcpy(to + i, &bits, 4);
         else to[i] = Float16::upper(Bits{} + bits)[0];
     }
 }
@@ -956,7 +964,7 @@ Engine* engine_new(const Model* model) { return new Engine(*model); }
 void engine_free(Engine* engine) { delete engine; }
 void engine_threads(Engine* engine, int64 threads) { engine->set_threads(threads); }
 
-int64 engine_matrix_bytes(const Matrix* m) { return m->panels() * m->panel_bytes(); }
+int64 engine_matrix_bytes(const Matrix* m) { return m->bytes(); }
 void engine_pack(Matrix* m, int64 first, int64 rows, const void* source) { pack(*m, first, rows, source); }
 
 // Ask for large pages, before anything is written: the memory is read from end to end at each step.

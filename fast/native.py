@@ -16,6 +16,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}  
 SEEN = {"medusa": 0, "root": 1, "hydra": 2}     # Heads.seen
 STAGES = ("medusa", "tree", "posterior", "update")
 MOST_NODES, WIDEST_HEAD = 64, 256
+CACHE = 8 * 2 ** 20     # bytes: more weights are read from memory at each step
 
 # ------------------------------------------------------------------------------------------------ structs of native.cpp
 def fields(names: str, kind=c_int64) -> list:
@@ -25,7 +26,7 @@ def pointers(names: str) -> list:
     return fields(names, c_void_p)
 
 class MatrixStruct(Structure):
-    _fields_ = fields("kind outputs inputs") + pointers("data scale bias")
+    _fields_ = fields("kind outputs inputs from_memory") + pointers("data scale bias")
 
 class LayerStruct(Structure):
     _fields_ = (pointers("input_norm") + fields("q k v o", MatrixStruct) +
@@ -79,7 +80,7 @@ class Packed:
     def __init__(self, lib: ctypes.CDLL, shape: tuple, dtype: torch.dtype, bias: Tensor | None = None):
         self.lib, self.shape, self.dtype, self.bias = lib, shape, dtype, bias
         self.scale = torch.empty(shape[0]) if dtype == torch.int8 else None
-        self.struct = MatrixStruct(KINDS[dtype], *shape, None, at(self.scale), at(bias))
+        self.struct = MatrixStruct(KINDS[dtype], *shape, 0, None, at(self.scale), at(bias))
         self.bytes = lib.engine_matrix_bytes(byref(self.struct))
 
     def fill(self, rows: slice, values: Tensor) -> None:
@@ -99,7 +100,7 @@ def allocate(lib: ctypes.CDLL, matrices) -> Tensor:
     memory = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
     lib.engine_large_pages(at(memory), c_int64(len(memory)))
     for matrix, begin in zip(matrices, accumulate(sizes, initial=memory.data_ptr()), strict=False):
-        matrix.struct.data = begin
+        matrix.struct.data, matrix.struct.from_memory = begin, sum(sizes) > CACHE
     return memory
 
 class NativeLinear(nn.Module):
