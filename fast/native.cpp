@@ -277,7 +277,7 @@ static void panels(const float* x, const Matrix& m, int64 begin, int64 end, int6
 }
 
 template <class Weights>
-static void panels_of(const float* x, const Matrix& m, int64 begin, int64 end, int64 input, int n, float* y, int rows) {
+static void panels_in(const float* x, const Matrix& m, int64 begin, int64 end, int64 input, int n, float* y, int rows) {
     switch (tile_rows(rows)) {
         case 1: return panels<Weights, 1>(x, m, begin, end, input, n, y, rows);
         case 2: return panels<Weights, 2>(x, m, begin, end, input, n, y, rows);
@@ -285,6 +285,14 @@ static void panels_of(const float* x, const Matrix& m, int64 begin, int64 end, i
         case 4: return panels<Weights, 4>(x, m, begin, end, input, n, y, rows);
         case 6: return panels<Weights, 6>(x, m, begin, end, input, n, y, rows);
         case 8: return panels<Weights, MOST_ROWS>(x, m, begin, end, input, n, y, rows);
+    }
+}
+static void panels_of(const float* x, const Matrix& m, int64 begin, int64 end, int64 input, int n, float* y, int rows) {
+    switch (m.kind) {
+        case FLOAT32: return panels_in<Float32>(x, m, begin, end, input, n, y, rows);
+        case BFLOAT16: return panels_in<BFloat16>(x, m, begin, end, input, n, y, rows);
+        case FLOAT16: return panels_in<Float16>(x, m, begin, end, input, n, y, rows);
+        case INT8: return panels_in<Int8>(x, m, begin, end, input, n, y, rows);
     }
 }
 
@@ -305,61 +313,56 @@ static float inverse_rms(const float* x, int64 n, float eps) {
     return 1 / std::sqrt(total / n + eps);
 }
 
-// y[j] [R, matrix j's width] = matrix j times the input, for matrices of as many inputs. This worker's panels of all of
-// them together; nobody waits here.
+// Which rows a tile of a product takes: all tiles are about as large.
+struct Tiles {
+    int64 rows, count = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    int64 first(int64 tile) const { return rows * tile / count; }
+    int64 size(int64 tile) const { return first(tile + 1) - first(tile); }
+};
+
+// Inputs [begin, begin + n) of a tile's rows, side by side as `tile` reads them: [n, M], zeros where there is nothing.
+static void gather(const Input& in, const float* inverse, int64 rows, int64 begin, int n, float* to) {
+    int M = tile_rows(rows);
+    memset(to, 0, sizeof(float) * M * rounded_up(n, 2));
+    for (int64 m = 0; m < rows; m++) {
+        const float* from = in.x + m * in.stride + begin;
+        if (!in.gain) for (int i = 0; i < n; i++) to[i * M + m] = from[i];
+        else for (int i = 0; i < n; i++) to[i * M + m] = from[i] * inverse[m] * in.gain[begin + i];
+    }
+}
+
+// y[j] [R, width of matrix j] = matrix j times the input, for matrices of as many inputs: this worker's share of each
+// one's panels, `begin(panels)` to `end(panels)`. Nobody waits here.
 static void product(Worker& worker, Input in, int64 rows, std::initializer_list<const Matrix*> matrices,
                     std::initializer_list<float*> outputs) {
-    int64 inputs = (*matrices.begin())->inputs, all_panels = 0;
-    for (const Matrix* m : matrices) all_panels += m->panels();
-    int64 begin = worker.begin(all_panels), end = worker.end(all_panels);
-    if (begin == end) return;
-    int64 tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
-    float* x = worker.floats(tiles * MOST_ROWS * (INPUTS + 1) + rows);          // [tiles][INPUTS, rows of the tile]
-    float* norm = x + tiles * MOST_ROWS * (INPUTS + 1);
-    for (int64 r = 0; in.gain && r < rows; r++) norm[r] = inverse_rms(in.x + r * in.stride, inputs, in.eps);
+    int64 inputs = (*matrices.begin())->inputs;
+    Tiles tiles{rows};
+    float* x = worker.floats(tiles.count * MOST_ROWS * INPUTS + rows), *inverse = x + tiles.count * MOST_ROWS * INPUTS;
+    for (int64 r = 0; in.gain && r < rows; r++) inverse[r] = inverse_rms(in.x + r * in.stride, inputs, in.eps);
     for (int64 input = 0; input < inputs; input += INPUTS) {
-        int n = std::min<int64>(INPUTS, inputs - input), even = rounded_up(n, 2);
-        for (int64 t = 0; t < tiles; t++) {                                     // rows become columns: [even, M], padded
-            int64 first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
-            int M = tile_rows(count);
-            float* to = x + t * MOST_ROWS * INPUTS;
-            memset(to, 0, sizeof(float) * M * even);
-            for (int64 m = 0; m < count; m++) {
-                const float* from = in.x + (first + m) * in.stride + input;
-                if (!in.gain) for (int i = 0; i < n; i++) to[i * M + m] = from[i];
-                else for (int i = 0; i < n; i++) to[i * M + m] = from[i] * norm[first + m] * in.gain[input + i];
-            }
+        int n = std::min<int64>(INPUTS, inputs - input);
+        for (int64 t = 0; t < tiles.count; t++) {
+            Input rows_of_tile{in.x + tiles.first(t) * in.stride, in.stride, in.gain, in.eps};
+            gather(rows_of_tile, inverse + tiles.first(t), tiles.size(t), input, n, x + t * MOST_ROWS * INPUTS);
         }
-        int64 before = 0;
         auto output = outputs.begin();
         for (const Matrix* m : matrices) {
-            int64 from = std::max<int64>(begin - before, 0), to = std::min(end - before, m->panels());
-            // some panels at a time for all rows, so that their weights come from memory once
-            int64 some = tiles > 1 ? 4 : m->panels();
-            for (int64 p = from; p < to; p += some)
-                for (int64 t = 0; t < tiles; t++) {
-                    int64 first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
-                    float* y = *output + first * m->width();
-                    const float* part = x + t * MOST_ROWS * INPUTS;
-                    int64 until = std::min(p + some, to);
-                    if (m->kind == FLOAT32) panels_of<Float32>(part, *m, p, until, input, n, y, count);
-                    else if (m->kind == BFLOAT16) panels_of<BFloat16>(part, *m, p, until, input, n, y, count);
-                    else if (m->kind == FLOAT16) panels_of<Float16>(part, *m, p, until, input, n, y, count);
-                    else panels_of<Int8>(part, *m, p, until, input, even, y, count);
-                }
-            before += m->panels(), output++;
+            float* y = *output++;
+            int64 end = worker.end(m->panels()), some = tiles.count > 1 ? 4 : end;
+            for (int64 p = worker.begin(m->panels()); p < end; p += some)       // their weights come from memory once
+                for (int64 t = 0; t < tiles.count; t++)
+                    panels_of(x + t * MOST_ROWS * INPUTS, *m, p, std::min(p + some, end), input, n,
+                              y + tiles.first(t) * m->width(), tiles.size(t));
         }
     }
-    int64 before = 0;
     auto output = outputs.begin();
     for (const Matrix* m : matrices) {                                          // scale and bias, where there are any
-        int64 from = std::max<int64>(begin - before, 0) * PANEL, to = std::min((end - before) * PANEL, m->outputs);
-        for (int64 r = 0; r < rows; r++) {
-            float* y = *output + r * m->width();
-            if (m->scale) for (int64 o = from; o < to; o++) y[o] *= m->scale[o];
-            if (m->bias) for (int64 o = from; o < to; o++) y[o] += m->bias[o];
+        float* y = *output++;
+        int64 begin = worker.begin(m->panels()) * PANEL, end = std::min(worker.end(m->panels()) * PANEL, m->outputs);
+        for (int64 r = 0; r < rows; r++, y += m->width()) {
+            if (m->scale) for (int64 o = begin; o < end; o++) y[o] *= m->scale[o];
+            if (m->bias) for (int64 o = begin; o < end; o++) y[o] += m->bias[o];
         }
-        before += m->panels(), output++;
     }
 }
 
@@ -389,16 +392,19 @@ static void pack(Matrix& m, int64 first, int64 rows, const void* source) {
     }
 }
 
-// One row of a packed matrix of floats, as floats: the embedding of a token.
+static float widened(int64 kind, const void* from, int64 i) {
+    if (kind == FLOAT32) return ((const float*)from)[i];
+    Bits bits = Bits{} + ((uint32_t)((const uint16_t*)from)[i] << 16);
+    return kind == BFLOAT16 ? ((Vector)bits)[0] : Float16::upper(bits)[0];
+}
+
+// One row of a packed matrix of floats, as floats.
 static void unpacked_row(const Matrix& m, int64 o, float* to) {
     int64 half = o % PANEL / W, lane = o % W;
-    for (int64 i = 0; i < m.inputs; i++) {
-        const char* panel = m.panel(o / PANEL, i / INPUTS * INPUTS);
-        int64 j = i % INPUTS;
-        if (m.kind == FLOAT32) { to[i] = ((const float*)panel)[j * PANEL + half * W + lane]; continue; }
-        uint32_t bits = (uint32_t)((const uint16_t*)panel)[(j * W + lane) * 2 + half] << 16;
-        if (m.kind == BFLOAT16) memcpy(to + i, &bits, 4);
-        else to[i] = Float16::upper(Bits{} + bits)[0];
+    for (int64 first = 0; first < m.inputs; first += INPUTS) {
+        const char* panel = m.panel(o / PANEL, first);
+        for (int64 j = 0; j < std::min<int64>(INPUTS, m.inputs - first); j++)
+            to[first + j] = widened(m.kind, panel, m.kind == FLOAT32 ? j * PANEL + half * W + lane : (j * W + lane) * 2 + half);
     }
 }
 
@@ -416,7 +422,8 @@ struct Model {
     const Layer* layer;
     const float* norm;                      // [H]
     Matrix lm_head;
-    const Matrix* embedding;                // of single rows, in panels; lm_head itself where tied
+    int64 table_kind;
+    const void* table;                      // [V, H] embeddings; null: lm_head's rows
     const float *cos, *sin;                 // [positions, D] of rotary_table
 };
 struct Block { Matrix up, down; };          // x + down(silu(up z)), or without `down` x + silu(up z)
@@ -660,12 +667,17 @@ static void silu(Worker& worker, float* x, const float* times, const Matrix& m, 
         }
 }
 
+static void embed(const Model& m, int64 id, float* to) {
+    if (!m.table) return unpacked_row(m.lm_head, id, to);
+    for (int64 i = 0; i < m.hidden; i++) to[i] = widened(m.table_kind, m.table, id * m.hidden + i);
+}
+
 // All nodes of all rows through the layers: ids [B, T], depth [T] → hidden [B, T, H].
 static void forward(Worker& worker, Engine& e, State& s, const Tree* tree, const int64* ids, const int64* depth) {
     const Model& m = e.model;
     int64 R = e.rows * e.T, H = m.hidden, width = m.heads * m.head_dim;
     float eps = m.eps;
-    for (int64 r = worker.begin(R); r < worker.end(R); r++) unpacked_row(*m.embedding, ids[r], e.x + r * H);
+    for (int64 r = worker.begin(R); r < worker.end(R); r++) embed(m, ids[r], e.x + r * H);
     worker.barrier();
     for (int64 i = 0; i < m.layers; i++) {
         const Layer& l = m.layer[i];
@@ -678,8 +690,7 @@ static void forward(Worker& worker, Engine& e, State& s, const Tree* tree, const
         product(worker, {e.attended, width}, R, {&l.o}, {e.y});
         add(worker, e.x, e.y, l.o, R);
         worker.barrier();
-        product(worker, {e.x, H, l.post_norm, eps}, R, {&l.gate}, {e.gate});
-        product(worker, {e.x, H, l.post_norm, eps}, R, {&l.up}, {e.up});
+        product(worker, {e.x, H, l.post_norm, eps}, R, {&l.gate, &l.up}, {e.gate, e.up});
         silu(worker, e.gate, e.up, l.gate, R);
         worker.barrier();
         product(worker, {e.gate, l.gate.width()}, R, {&l.down}, {e.y});
@@ -806,8 +817,8 @@ static int64 sample(const float* logits, int64 n, const Sampling& s, uint64 key)
 }
 
 // -------------------------------------------------------------------------------------------------------------- draft
-static void embedded(const Model& m, int64 id, float* to) {                    // scaled to RMS 1
-    unpacked_row(*m.embedding, id, to);
+static void embed_scaled(const Model& m, int64 id, float* to) {                 // to RMS 1
+    embed(m, id, to);
     float norm = inverse_rms(to, m.hidden, 1e-6f);
     for (int64 i = 0; i < m.hidden; i++) to[i] *= norm;
 }
@@ -839,16 +850,17 @@ static void draft(Worker& worker, Engine& e, State& s, const Heads& h, const Tre
         int64 wide = std::max<int64>(trunk ? h.trunk.up.width() : 0, h.block[0].up.width());
         e.up_.at(B * N * wide), e.up = e.up_.at(0);
         e.y_.at(B * N * std::max(H + PANEL, trunk ? h.trunk.down.width() : 0)), e.y = e.y_.at(0);
-        e.input_.at(B * N * most_inputs), e.start_.at(B * (N + K) * H), e.draft_.at(B * N * h.vocabulary[0].width());
+        e.input_.at(B * N * most_inputs), e.start_.at(B * (2 * N + K) * H), e.draft_.at(B * N * h.vocabulary[0].width());
         for (int64 b = 0; b < B; b++) e.ids[b * N] = s.token[b];
     }
     worker.barrier();
     float *input = e.input_.at(0), *x = e.start_.at(0), *context_x = x + B * N * H, *logits = e.draft_.at(0);
+    float* known = context_x + B * K * H;   // embeddings of the drafts that heads see: [B, N, H]
     if (trunk) {                            // a shared first block: context_x [B, K H], all heads' starts
         for (int64 b = worker.begin(B); b < worker.end(B); b++) {
             float* z = input + b * (context + root_size);
             memcpy(z, s.recent_hidden + b * context, context * sizeof(float));
-            if (root_size) embedded(m, s.token[b], z + context);
+            if (root_size) embed_scaled(m, s.token[b], z + context);
             for (int64 k = 0; k < K; k++) memcpy(context_x + (b * K + k) * H, z + context - H, H * sizeof(float));
         }
         worker.barrier();
@@ -871,8 +883,9 @@ static void draft(Worker& worker, Engine& e, State& s, const Heads& h, const Tre
             const float* newest = trunk ? context_x + (b * K + k - 1) * H : s.recent_hidden + (b * h.recent + h.recent - 1) * H;
             memcpy(x + r * H, newest, H * sizeof(float));
             memcpy(z, trunk ? newest : s.recent_hidden + b * context, size * sizeof(float));
+            if (tokens) embed_scaled(m, e.ids[b * N + node], known + (b * N + node) * H);
             for (int64 t = tokens; t > 0; t--) {                                // from the parent back towards the root
-                embedded(m, e.ids[b * N + node], z + size + (t - 1) * H);
+                memcpy(z + size + (t - 1) * H, known + (b * N + node) * H, H * sizeof(float));
                 node = tree.parent[node];
             }
         }
@@ -975,7 +988,7 @@ void engine_large_pages(char* memory, int64 bytes) {
 #endif
 }
 
-void engine_embed(const Matrix* m, int64 n, const int64* ids, float* out) {
+void engine_rows(const Matrix* m, int64 n, const int64* ids, float* out) {
     for (int64 i = 0; i < n; i++) unpacked_row(*m, ids[i], out + i * m->inputs);
 }
 

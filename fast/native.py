@@ -34,7 +34,7 @@ class LayerStruct(Structure):
 
 class ModelStruct(Structure):
     _fields_ = (fields("hidden heads kv_heads head_dim layers") + fields("eps", c_double) + pointers("layer norm") +
-                fields("lm_head", MatrixStruct) + pointers("embedding cos sin"))
+                fields("lm_head", MatrixStruct) + fields("table_kind") + pointers("table cos sin"))
 
 class BlockStruct(Structure):
     _fields_ = fields("up down", MatrixStruct)
@@ -91,16 +91,16 @@ class Packed:
         """Some rows as float32: ids [..] → [.., inputs]."""
         ids = ids.contiguous()
         out = torch.empty(*ids.shape, self.shape[1], device="cpu")
-        self.lib.engine_embed(byref(self.struct), c_int64(ids.numel()), at(ids), at(out))
+        self.lib.engine_rows(byref(self.struct), c_int64(ids.numel()), at(ids), at(out))
         return out
 
-def allocate(lib: ctypes.CDLL, matrices) -> Tensor:
+def allocate(lib: ctypes.CDLL, matrices, from_memory: bool = False) -> Tensor:
     """One piece of memory for all of them, in their order, on large pages where the system has them."""
     sizes = [-(-matrix.bytes // 64) * 64 for matrix in matrices]
     memory = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
     lib.engine_large_pages(at(memory), c_int64(len(memory)))
     for matrix, begin in zip(matrices, accumulate(sizes, initial=memory.data_ptr()), strict=False):
-        matrix.struct.data, matrix.struct.from_memory = begin, sum(sizes) > CACHE
+        matrix.struct.data, matrix.struct.from_memory = begin, from_memory or sum(sizes) > CACHE
     return memory
 
 class NativeLinear(nn.Module):
@@ -133,25 +133,25 @@ class NativeLlama(nn.Module):
         if config.head_dim > WIDEST_HEAD:
             raise Unavailable(f"head_dim is {config.head_dim}, the C++ step's limit is {WIDEST_HEAD}")
         self.config, self.lib, self.matrices, self.vectors = config, engine(), {}, {}
-        self.own_head = quantized or not config.tie_word_embeddings         # lm_head is a matrix of its own
+        self.table = None               # of embeddings: none where they are lm_head's rows
+        if quantized or not config.tie_word_embeddings:
+            self.table = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device="cpu")
         with torch.device("meta"):
             skeleton = Llama(config)
         for name, module in skeleton.named_modules():
-            if isinstance(module, nn.Linear) and (name != "lm_head" or self.own_head):
+            if isinstance(module, nn.Linear):
                 bias = None if module.bias is None else torch.empty(module.bias.shape, device="cpu")
                 kept = torch.int8 if quantized else dtype
                 self.matrices[name] = Packed(self.lib, tuple(module.weight.shape), kept, bias)
             elif isinstance(module, RMSNorm):
                 self.vectors[name] = torch.empty(module.weight.shape, device="cpu")
                 self.register_buffer(name.replace(".", "_") + "_weight", self.vectors[name])
-        self.matrices["embed_tokens"] = Packed(self.lib, (config.vocab_size, config.hidden_size), dtype)
         self.memory = allocate(self.lib, self.matrices.values())
         for name, rows, values in pieces:
             self.fill(name, rows, values)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.norm.weight = nn.Parameter(self.vectors["norm"], requires_grad=False)
-        self.embed_tokens = self.matrices["embed_tokens"].rows
-        self.lm_head = NativeLinear(self, self.matrices["lm_head" if self.own_head else "embed_tokens"])
+        self.lm_head = NativeLinear(self, self.matrices["lm_head"])
         self.engine = self.new_engine()
 
     def fill(self, parameter: str, rows: slice, values: Tensor) -> None:
@@ -161,9 +161,12 @@ class NativeLlama(nn.Module):
             self.vectors[name][rows] = values.float()
         elif kind == "bias":
             self.matrices[name].bias[rows] = values.float()
-        else:
+        elif name != "embed_tokens":
             self.matrices[name].fill(rows, values)
-            if name == "embed_tokens" and self.own_head and self.config.tie_word_embeddings:
+        else:
+            if self.table is not None:
+                self.table[rows] = values.to(self.table.dtype)
+            if self.config.tie_word_embeddings:
                 self.matrices["lm_head"].fill(rows, values)
 
     def new_engine(self) -> c_void_p:
@@ -177,15 +180,20 @@ class NativeLlama(nn.Module):
             layer.input_norm = at(self.vectors[f"layers.{i}.input_layernorm"])
             layer.post_norm = at(self.vectors[f"layers.{i}.post_attention_layernorm"])
         self.cos, self.sin = rotary_table(config)
-        embedding = ctypes.addressof(self.matrices["embed_tokens"].struct)
+        table_kind = 0 if self.table is None else KINDS[self.table.dtype]
         model = ModelStruct(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
                             config.num_hidden_layers, config.rms_norm_eps, ctypes.addressof(self.layers),
-                            at(self.vectors["norm"]), self.lm_head.matrix.struct, embedding, at(self.cos), at(self.sin))
+                            at(self.vectors["norm"]), self.lm_head.matrix.struct, table_kind, at(self.table),
+                            at(self.cos), at(self.sin))
         return c_void_p(self.lib.engine_new(byref(model)))
 
     def __del__(self):
         if "engine" in self.__dict__:
             self.lib.engine_free(self.engine)
+
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """[..] → [.., H] float32."""
+        return self.lm_head.matrix.rows(ids) if self.table is None else self.table[ids].float()
 
     def set_threads(self, threads: int) -> None:
         self.lib.engine_threads(self.engine, c_int64(threads))
@@ -233,9 +241,10 @@ class NativeLlama(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------- the heads
 class PackedHeads:
-    """Heads of any trained kind in bfloat16: verification decides, so their rounding changes no token."""
+    """Heads of any trained kind, in 16 bits, or in 8 where each step reads them from memory anew: verification decides,
+    so their rounding changes no token."""
     def __init__(self, model: NativeLlama, heads: MedusaHeads):
-        self.lib, self.kept = model.lib, []
+        self.lib, self.kept, self.from_memory = model.lib, [], len(model.memory) > CACHE
         self.tied, trunk = getattr(heads, "tie_lm_head", False), getattr(heads, "trunk_width", None)
         layers = len(heads[0]) - (not self.tied)
         modules = [heads[k] for k in range(len(heads))]
@@ -253,8 +262,9 @@ class PackedHeads:
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> MatrixStruct:
         bias = None if bias is None else bias.detach().float().contiguous()
-        packed = Packed(self.lib, tuple(weight.shape), torch.bfloat16, bias)
-        self.kept += [packed, allocate(self.lib, [packed])]
+        dtype = torch.int8 if self.from_memory else torch.bfloat16
+        packed = Packed(self.lib, tuple(weight.shape), dtype, bias)
+        self.kept += [packed, allocate(self.lib, [packed], self.from_memory)]
         packed.fill(slice(0, len(weight)), weight.detach())
         return packed.struct
 
