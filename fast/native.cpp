@@ -24,6 +24,9 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 typedef int64_t int64;
 typedef uint64_t uint64;
@@ -168,102 +171,129 @@ struct Worker {
 
 // ----------------------------------------------------------------------------------------------------------- products
 // Weights are packed in blocks of inputs, a block in panels of 2 vectors of outputs, a panel input by input, so that a
-// product reads memory from front to end. Two 16-bit or four 8-bit numbers share a lane of 32 bits.
+// product reads memory from front to end. Two 16-bit numbers share a lane of 32 bits, or four 8-bit ones.
 enum Kind { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 constexpr int PANEL = 2 * W;
 constexpr int AHEAD = 8192;                 // bytes to fetch ahead, of all panels that are read at once
 constexpr int INPUTS = 512;                 // inputs at a time, so that those of 8 rows stay in the first cache
-constexpr int MOST_ROWS = REGISTERS == 32 ? 8 : 6;
 
 struct Matrix {                             // y = W x + bias; as in native.py
     int64 kind, outputs, inputs, from_memory;       // from_memory: too much to stay in the cache, with all others
-    char* data;                             // [panels, inputs, PANEL]; null: there is no such matrix
+    char* data;                             // [blocks, panels, INPUTS, PANEL]; null: there is no such matrix
     float* scale;                           // [outputs] INT8: what a weight's unit is worth
     const float* bias;                      // [outputs] or null
 
     int64 panels() const { return (outputs + PANEL - 1) / PANEL; }
     int64 width() const { return panels() * PANEL; }                            // floats of a row of outputs
+    int64 stored_inputs() const { return kind == INT8 ? rounded_up(inputs, 4) : inputs; }
     int64 bytes_per_input() const { return PANEL * (kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2); }
-    int64 bytes() const { return panels() * bytes_per_input() * rounded_up(inputs, 2); }
+    int64 bytes() const { return panels() * bytes_per_input() * stored_inputs(); }
     // of a panel in the block whose first input this is, a multiple of INPUTS
-    int64 panel_bytes(int64 first) const {
-        return bytes_per_input() * std::min<int64>(INPUTS, rounded_up(inputs, 2) - first);
-    }
+    int64 panel_bytes(int64 first) const { return bytes_per_input() * std::min<int64>(INPUTS, stored_inputs() - first); }
     char* panel(int64 number, int64 first) const {
         return data + panels() * bytes_per_input() * first + number * panel_bytes(first);
     }
 };
 
 struct Float32 {
-    static constexpr int STEP = 1;
-    static inline void weights(const char* at, int, Vector& a, Vector& b) {
+    static inline void weights(const char* at, Vector& a, Vector& b) {
         a = load<Vector>(at);
         b = load<Vector>(at + sizeof a);
     }
 };
 struct BFloat16 {                           // the upper half of a float32
-    static constexpr int STEP = 1;
-    static inline void weights(const char* at, int, Vector& a, Vector& b) {
+    static inline void weights(const char* at, Vector& a, Vector& b) {
         Bits both = load<Bits>(at);
         a = (Vector)(both << 16);
         b = (Vector)(both & 0xffff0000);
     }
 };
 struct Float16 {                            // exponent and mantissa moved into a float32's place, 2^112 too small there
-    static constexpr int STEP = 1;
     static inline Vector upper(Bits x) { return (Vector)((x & 0x80000000) | (x >> 3 & 0x0fffe000)) * 0x1p112f; }
-    static inline void weights(const char* at, int, Vector& a, Vector& b) {
+    static inline void weights(const char* at, Vector& a, Vector& b) {
         Bits both = load<Bits>(at);
         a = upper(both << 16);
         b = upper(both);
     }
 };
-struct Int8 {                               // two inputs' weights share their lanes; each 2^24 too large, see INT8_UNIT
-    static constexpr int STEP = 2;
-    static inline Vector top(Bits x) { return __builtin_convertvector((Ints)(x & 0xff000000), Vector); }
-    static inline void weights(const char* at, int odd, Vector& a, Vector& b) {
-        Bits four = load<Bits>(at) << (16 * odd);
-        a = top(four << 8);
-        b = top(four);
-    }
-};
-constexpr float INT8_UNIT = 0x1p-24f;
 
 // M rows times Q panels, n inputs of each: y += x W. x [n, M], y with `width` floats between rows.
 template <class Weights, int M, int Q>
 static void tile(const float* x, const char* w, int64 panel_bytes, int n, float* y, int64 width, int rows, bool first) {
-    constexpr int step_bytes = std::is_same_v<Weights, Float32> ? 8 * W : 4 * W;        // of Weights::STEP inputs
+    constexpr int step_bytes = std::is_same_v<Weights, Float32> ? 8 * W : 4 * W;        // of an input
     Vector total[M][Q][2] = {};             // in registers: every index below is known to the compiler
     UNROLLED for (int m = 0; m < M; m++)
         UNROLLED for (int q = 0; q < Q; q++)
             UNROLLED for (int half = 0; half < 2; half++)
                 if (!first && m < rows) total[m][q][half] = load<Vector>(y + m * width + q * PANEL + half * W);
-    for (int i = 0; i < n; i += Weights::STEP, w += step_bytes) {
-        UNROLLED for (int q = 0; q < Q; q++)
+    for (int i = 0; i < n; i++, w += step_bytes, x += M)
+        UNROLLED for (int q = 0; q < Q; q++) {
+            Vector a, b;
+            Weights::weights(w + q * panel_bytes, a, b);
             UNROLLED for (int line = 0; line < step_bytes; line += 64)
                 __builtin_prefetch(w + q * panel_bytes + AHEAD / Q + line);
-        UNROLLED for (int odd = 0; odd < Weights::STEP; odd++, x += M)
-            UNROLLED for (int q = 0; q < Q; q++) {
-                Vector a, b;
-                Weights::weights(w + q * panel_bytes, odd, a, b);
-                UNROLLED for (int m = 0; m < M; m++) {
-                    total[m][q][0] += x[m] * a;
-                    total[m][q][1] += x[m] * b;
-                }
+            UNROLLED for (int m = 0; m < M; m++) {
+                total[m][q][0] += x[m] * a;
+                total[m][q][1] += x[m] * b;
             }
-    }
+        }
     UNROLLED for (int m = 0; m < M; m++)
         UNROLLED for (int q = 0; q < Q; q++)
             UNROLLED for (int half = 0; half < 2; half++)
                 if (m < rows) store(y + m * width + q * PANEL + half * W, total[m][q][half]);
 }
 
+// In 8 bits, weights are whole numbers from 0 to 255, 128 above their value, and the inputs of a block whole multiples of
+// a step of the row's own, in two digits of 8 bits: 16 bits of what is largest there. Sums of their products are exact.
+struct Digits {                             // of the inputs of a tile of M rows
+    float step[8];
+    int32_t start[8][2];                    // -128 times the sum of a digit over the inputs
+    int32_t digits[];                       // [n / 4, M, 2]: the upper and the lower digits of four inputs
+};
+
+// For each lane total + the sum of four bytes of weights (0 to 255) times four of x (-128 to 127).
+static inline Ints dot4(Ints total, Bits weights, int32_t x) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)total, (__m512i)weights, _mm512_set1_epi32(x));
+#elif defined(__AVXVNNI__)
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)weights, _mm256_set1_epi32(x));
+#else
+    UNROLLED for (int j = 0; j < 4; j++) total += (Ints)(weights >> (8 * j) & 255) * (int32_t)(int8_t)(x >> (8 * j));
+    return total;
+#endif
+}
+
+template <int M>
+static void tile_of_digits(const Digits& x, const char* w, int n, float* y, int64 width, int rows, bool first) {
+    Ints total[M][2][2];                    // of each digit, of each half of the panel
+    UNROLLED for (int m = 0; m < M; m++)
+        UNROLLED for (int digit = 0; digit < 2; digit++)
+            total[m][digit][0] = total[m][digit][1] = Ints{} + x.start[m][digit];
+    const int32_t* at = x.digits;
+    for (int i = 0; i < n; i += 4, w += 8 * W, at += 2 * M) {
+        Bits a = load<Bits>(w), b = load<Bits>(w + 4 * W);
+        UNROLLED for (int line = 0; line < 8 * W; line += 64) __builtin_prefetch(w + AHEAD + line);
+        UNROLLED for (int m = 0; m < M; m++)
+            UNROLLED for (int digit = 0; digit < 2; digit++) {
+                total[m][digit][0] = dot4(total[m][digit][0], a, at[2 * m + digit]);
+                total[m][digit][1] = dot4(total[m][digit][1], b, at[2 * m + digit]);
+            }
+    }
+    UNROLLED for (int m = 0; m < M; m++)
+        UNROLLED for (int half = 0; half < 2; half++) {
+            Vector upper = __builtin_convertvector(total[m][0][half], Vector);
+            Vector sum = (upper * 256.0f + __builtin_convertvector(total[m][1][half], Vector)) * x.step[m];
+            float* to = y + m * width + half * W;
+            if (m < rows) store(to, first ? sum : load<Vector>(to) + sum);
+        }
+}
+
+// Rows of a tile: as many sums as registers can hold beside weights and inputs; 5 rows are computed as 6, 7 as 8.
+constexpr int most_rows(int64 kind) { return kind == INT8 ? (REGISTERS == 32 ? 6 : 3) : REGISTERS == 32 ? 8 : 6; }
+constexpr int tile_rows(int rows) { return rows <= 4 ? rows : rows <= 6 ? 6 : 8; }
 // Panels at once: memory is read fastest from end to end, one panel after the other; in the cache, few rows have too few
 // sums to keep the multipliers busy.
 constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
-constexpr int tile_rows(int rows) {         // 5 rows are computed as 6, 7 as 8
-    return rows <= 4 ? rows : rows <= 6 ? 6 : 8;
-}
 
 // Panels [begin, end) of a matrix for a tile of `rows` rows.
 template <class Weights, int M>
@@ -276,23 +306,29 @@ static void panels(const float* x, const Matrix& m, int64 begin, int64 end, int6
         tile<Weights, M, 1>(x, m.panel(p, input), bytes, n, y + p * PANEL, m.width(), rows, input == 0);
 }
 
-template <class Weights>
+template <int M>
+static void panels_of_digits(const float* x, const Matrix& m, int64 begin, int64 end, int64 input, int n, float* y, int rows) {
+    for (int64 p = begin; p < end; p++)
+        tile_of_digits<M>(*(const Digits*)x, m.panel(p, input), n, y + p * PANEL, m.width(), rows, input == 0);
+}
+
+template <int M>
 static void panels_in(const float* x, const Matrix& m, int64 begin, int64 end, int64 input, int n, float* y, int rows) {
-    switch (tile_rows(rows)) {
-        case 1: return panels<Weights, 1>(x, m, begin, end, input, n, y, rows);
-        case 2: return panels<Weights, 2>(x, m, begin, end, input, n, y, rows);
-        case 3: return panels<Weights, 3>(x, m, begin, end, input, n, y, rows);
-        case 4: return panels<Weights, 4>(x, m, begin, end, input, n, y, rows);
-        case 6: return panels<Weights, 6>(x, m, begin, end, input, n, y, rows);
-        case 8: return panels<Weights, MOST_ROWS>(x, m, begin, end, input, n, y, rows);
+    switch (m.kind) {
+        case FLOAT32: return panels<Float32, M>(x, m, begin, end, input, n, y, rows);
+        case BFLOAT16: return panels<BFloat16, M>(x, m, begin, end, input, n, y, rows);
+        case FLOAT16: return panels<Float16, M>(x, m, begin, end, input, n, y, rows);
+        case INT8: if constexpr (M <= most_rows(INT8)) panels_of_digits<M>(x, m, begin, end, input, n, y, rows);
     }
 }
 static void panels_of(const float* x, const Matrix& m, int64 begin, int64 end, int64 input, int n, float* y, int rows) {
-    switch (m.kind) {
-        case FLOAT32: return panels_in<Float32>(x, m, begin, end, input, n, y, rows);
-        case BFLOAT16: return panels_in<BFloat16>(x, m, begin, end, input, n, y, rows);
-        case FLOAT16: return panels_in<Float16>(x, m, begin, end, input, n, y, rows);
-        case INT8: return panels_in<Int8>(x, m, begin, end, input, n, y, rows);
+    switch (tile_rows(rows)) {
+        case 1: return panels_in<1>(x, m, begin, end, input, n, y, rows);
+        case 2: return panels_in<2>(x, m, begin, end, input, n, y, rows);
+        case 3: return panels_in<3>(x, m, begin, end, input, n, y, rows);
+        case 4: return panels_in<4>(x, m, begin, end, input, n, y, rows);
+        case 6: return panels_in<6>(x, m, begin, end, input, n, y, rows);
+        case 8: if constexpr (REGISTERS == 32) panels_in<8>(x, m, begin, end, input, n, y, rows);
     }
 }
 
@@ -315,7 +351,7 @@ static float inverse_rms(const float* x, int64 n, float eps) {
 
 // Which rows a tile of a product takes: all tiles are about as large.
 struct Tiles {
-    int64 rows, count = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    int64 rows, most, count = (rows + most - 1) / most;
     int64 first(int64 tile) const { return rows * tile / count; }
     int64 size(int64 tile) const { return first(tile + 1) - first(tile); }
 };
@@ -323,7 +359,7 @@ struct Tiles {
 // Inputs [begin, begin + n) of a tile's rows, side by side as `tile` reads them: [n, M], zeros where there is nothing.
 static void gather(const Input& in, const float* inverse, int64 rows, int64 begin, int n, float* to) {
     int M = tile_rows(rows);
-    memset(to, 0, sizeof(float) * M * rounded_up(n, 2));
+    memset(to, 0, sizeof(float) * M * n);
     for (int64 m = 0; m < rows; m++) {
         const float* from = in.x + m * in.stride + begin;
         if (!in.gain) for (int i = 0; i < n; i++) to[i * M + m] = from[i];
@@ -331,19 +367,48 @@ static void gather(const Input& in, const float* inverse, int64 rows, int64 begi
     }
 }
 
+// The same in digits.
+static void gather_digits(const Input& in, const float* inverse, int64 rows, int64 begin, int n, Digits& to) {
+    int M = tile_rows(rows);
+    float x[INPUTS];
+    int32_t value[INPUTS] = {};
+    memset(&to, 0, sizeof to + 2 * M * rounded_up(n, 4));
+    for (int64 m = 0; m < rows; m++) {
+        const float* from = in.x + m * in.stride + begin;
+        for (int i = 0; i < n; i++) x[i] = in.gain ? from[i] * inverse[m] * in.gain[begin + i] : from[i];
+        float most = 1e-30f;
+        for (int i = 0; i < n; i++) most = std::max(most, std::fabs(x[i]));
+        to.step[m] = most / 32639;                                              // 127 * 256 + 127
+        for (int i = 0; i < n; i++) {
+            float shifted = x[i] / to.step[m] + 12582912.0f;                    // the lower bits: rounded
+            memcpy(value + i, &shifted, 4);
+            value[i] -= 0x4b400000;
+        }
+        for (int i = 0; i < rounded_up(n, 4); i++) {
+            int32_t v = i < n ? value[i] : 0, lower = (int8_t)v, upper = (v - lower) >> 8;
+            int32_t* four = to.digits + (i / 4 * M + m) * 2;
+            four[0] |= (upper & 255) << (i % 4 * 8), four[1] |= (lower & 255) << (i % 4 * 8);
+            to.start[m][0] -= 128 * upper, to.start[m][1] -= 128 * lower;
+        }
+    }
+}
+
 // y[j] [R, width of matrix j] = matrix j times the input, for matrices of as many inputs: this worker's share of each
 // one's panels, `begin(panels)` to `end(panels)`. Nobody waits here.
 static void product(Worker& worker, Input in, int64 rows, std::initializer_list<const Matrix*> matrices,
                     std::initializer_list<float*> outputs) {
-    int64 inputs = (*matrices.begin())->inputs;
-    Tiles tiles{rows};
-    float* x = worker.floats(tiles.count * MOST_ROWS * INPUTS + rows), *inverse = x + tiles.count * MOST_ROWS * INPUTS;
+    int64 inputs = (*matrices.begin())->inputs, kind = (*matrices.begin())->kind;
+    Tiles tiles{rows, most_rows(kind)};
+    constexpr int64 size = 8 * INPUTS;                                          // floats of a tile, more than enough
+    float* x = worker.floats(tiles.count * size + rows), *inverse = x + tiles.count * size;
     for (int64 r = 0; in.gain && r < rows; r++) inverse[r] = inverse_rms(in.x + r * in.stride, inputs, in.eps);
     for (int64 input = 0; input < inputs; input += INPUTS) {
         int n = std::min<int64>(INPUTS, inputs - input);
         for (int64 t = 0; t < tiles.count; t++) {
             Input rows_of_tile{in.x + tiles.first(t) * in.stride, in.stride, in.gain, in.eps};
-            gather(rows_of_tile, inverse + tiles.first(t), tiles.size(t), input, n, x + t * MOST_ROWS * INPUTS);
+            float *to = x + t * size, *norm = inverse + tiles.first(t);
+            if (kind == INT8) gather_digits(rows_of_tile, norm, tiles.size(t), input, n, *(Digits*)to);
+            else gather(rows_of_tile, norm, tiles.size(t), input, n, to);
         }
         auto output = outputs.begin();
         for (const Matrix* m : matrices) {
@@ -351,7 +416,7 @@ static void product(Worker& worker, Input in, int64 rows, std::initializer_list<
             int64 end = worker.end(m->panels()), some = tiles.count > 1 ? 4 : end;
             for (int64 p = worker.begin(m->panels()); p < end; p += some)       // their weights come from memory once
                 for (int64 t = 0; t < tiles.count; t++)
-                    panels_of(x + t * MOST_ROWS * INPUTS, *m, p, std::min(p + some, end), input, n,
+                    panels_of(x + t * size, *m, p, std::min(p + some, end), input, n,
                               y + tiles.first(t) * m->width(), tiles.size(t));
         }
     }
@@ -377,7 +442,7 @@ static void pack(Matrix& m, int64 first, int64 rows, const void* source) {
             float most = 0;
             for (int64 i = 0; i < m.inputs; i++) most = std::max(most, std::fabs(wide[i]));
             unit = std::max(most / 127, 1e-12f);
-            m.scale[o] = unit * INT8_UNIT;
+            m.scale[o] = unit;
         }
         for (int64 i = 0; i < m.inputs; i++) {
             char* panel = m.panel(o / PANEL, i / INPUTS * INPUTS);
@@ -386,7 +451,7 @@ static void pack(Matrix& m, int64 first, int64 rows, const void* source) {
             else if (m.kind != INT8) ((uint16_t*)panel)[(j * W + lane) * 2 + half] = narrow[i];
             else {
                 float value = std::min(127.0f, std::max(-127.0f, std::nearbyint(wide[i] / unit)));
-                panel[(j / 2 * W + lane) * 4 + 2 - 2 * (j % 2) + half] = (int8_t)value;        // see Int8::weights
+                panel[((j / 4 * 2 + half) * W + lane) * 4 + j % 4] = (char)(128 + (int)value);
             }
         }
     }
@@ -398,13 +463,15 @@ static float widened(int64 kind, const void* from, int64 i) {
     return kind == BFLOAT16 ? ((Vector)bits)[0] : Float16::upper(bits)[0];
 }
 
-// One row of a packed matrix of floats, as floats.
+// One row of a packed matrix, as floats.
 static void unpacked_row(const Matrix& m, int64 o, float* to) {
     int64 half = o % PANEL / W, lane = o % W;
     for (int64 first = 0; first < m.inputs; first += INPUTS) {
         const char* panel = m.panel(o / PANEL, first);
         for (int64 j = 0; j < std::min<int64>(INPUTS, m.inputs - first); j++)
-            to[first + j] = widened(m.kind, panel, m.kind == FLOAT32 ? j * PANEL + half * W + lane : (j * W + lane) * 2 + half);
+            if (m.kind == INT8)
+                to[first + j] = ((uint8_t)panel[((j / 4 * 2 + half) * W + lane) * 4 + j % 4] - 128) * m.scale[o];
+            else to[first + j] = widened(m.kind, panel, m.kind == FLOAT32 ? j * PANEL + half * W + lane : (j * W + lane) * 2 + half);
     }
 }
 
