@@ -371,24 +371,25 @@ static void gather(const Input& in, const float* inverse, int64 rows, int64 begi
 static void gather_digits(const Input& in, const float* inverse, int64 rows, int64 begin, int n, Digits& to) {
     int M = tile_rows(rows);
     float x[INPUTS];
-    int32_t value[INPUTS] = {};
+    int8_t digit[2][INPUTS] = {};
     memset(&to, 0, sizeof to + 2 * M * rounded_up(n, 4));
     for (int64 m = 0; m < rows; m++) {
         const float* from = in.x + m * in.stride + begin;
-        for (int i = 0; i < n; i++) x[i] = in.gain ? from[i] * inverse[m] * in.gain[begin + i] : from[i];
+        if (in.gain) for (int i = 0; i < n; i++) x[i] = from[i] * inverse[m] * in.gain[begin + i];
+        else memcpy(x, from, n * sizeof(float));
         float most = 1e-30f;
-        for (int i = 0; i < n; i++) most = std::max(most, std::fabs(x[i]));
+        for (int i = 0; i < n; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
         to.step[m] = most / 32639;                                              // 127 * 256 + 127
+        int32_t sums[2] = {};
         for (int i = 0; i < n; i++) {
-            float shifted = x[i] / to.step[m] + 12582912.0f;                    // the lower bits: rounded
-            memcpy(value + i, &shifted, 4);
-            value[i] -= 0x4b400000;
+            int32_t value = (int32_t)(x[i] / to.step[m] + 32768.5f) - 32768;    // rounded, whatever its sign
+            digit[1][i] = (int8_t)value;
+            digit[0][i] = (int8_t)((value - digit[1][i]) >> 8);
+            sums[0] += digit[0][i], sums[1] += digit[1][i];
         }
-        for (int i = 0; i < rounded_up(n, 4); i++) {
-            int32_t v = i < n ? value[i] : 0, lower = (int8_t)v, upper = (v - lower) >> 8;
-            int32_t* four = to.digits + (i / 4 * M + m) * 2;
-            four[0] |= (upper & 255) << (i % 4 * 8), four[1] |= (lower & 255) << (i % 4 * 8);
-            to.start[m][0] -= 128 * upper, to.start[m][1] -= 128 * lower;
+        for (int d = 0; d < 2; d++) {
+            to.start[m][d] = -128 * sums[d];
+            for (int i = 0; i < n; i += 4) memcpy(to.digits + (i / 4 * M + m) * 2 + d, digit[d] + i, 4);
         }
     }
 }
