@@ -49,11 +49,12 @@ def is_whole(file: Path) -> bool:
 @lru_cache
 def library(*options: str) -> ctypes.CDLL:
     """The engine, compiled if no folder has one for this source, compiler and processor. options: of the compiler, in
-    the place of -march=native. Unavailable: it can't be compiled here."""
+    the place of -march=native; CXX and CXXFLAGS of the environment count. Unavailable: it can't be compiled here."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), COMPILERS[0])
     if not shutil.which(compiler):
         raise Unavailable(f"there is no C++ compiler here: install {', '.join(COMPILERS)}, or name one in CXX")
-    command = [compiler, *FLAGS, *(options or ("-march=native",)), str(SOURCE)]
+    more = os.environ.get("CXXFLAGS", "").split()
+    command = [compiler, *FLAGS, *(options or ("-march=native",)), *more, str(SOURCE)]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     key = hashlib.sha256("\n".join((SOURCE.read_text(), version, *command, processor())).encode()).hexdigest()
     for folder in folders():
