@@ -502,7 +502,7 @@ struct Heads {
     const Matrix* vocabulary;               // [count]
     const int64* token_map;                 // [draft_size] or null
 };
-struct Tree {                               // N nodes; levels: the nodes of depth k are first[k] .. first[k + 1] - 1
+struct Tree {                               // N nodes by depth, the root first
     int64 nodes, deepest;
     const int64 *parent, *depth, *rank;     // [N]
 };
@@ -517,23 +517,27 @@ struct State {                              // tinymedusa.State; everything [B] 
     int64 recent;
 };
 
-// A growing buffer of floats on cache lines.
+// Floats on cache lines, as many as were ever needed.
 struct Buffer {
     std::vector<float> memory;
-    float* at(int64 n) {
+    float* data = nullptr;
+
+    void fit(int64 n) {
         if ((int64)memory.size() < n + 16) memory.resize(n + 16);
-        return (float*)(((uintptr_t)memory.data() + 63) / 64 * 64);
+        data = (float*)(((uintptr_t)memory.data() + 63) / 64 * 64);
     }
+    operator float*() const { return data; }
 };
 
 struct Engine {
     Model model;
     std::unique_ptr<Team> team;
     std::vector<std::vector<float>> scratch;
-    Buffer x_, y_, q_, k_, v_, attended_, gate_, up_, nodes_, hidden_, logits_, input_, start_, draft_;
-    float *x, *y, *q, *k, *v, *attended, *gate, *up, *nodes, *hidden, *logits;
-    int64 rows, T;                          // of the newest forward: B, nodes of a row
-    std::vector<int64> ids, guesses, path, sampled;
+    int64 rows, T;                          // of the newest forward: B, and the nodes of a row
+    Buffer x, y, q, k, v, attended, gate, up, hidden, logits;                   // of R nodes
+    Buffer nodes;                           // keys and values of a tree's nodes, see Slots
+    Buffer input, start, drafted;           // of the heads
+    std::vector<int64> ids, guesses, path;  // [B, N], [rows of a head, ranks], [B, P]
     double clock[5];
 
     explicit Engine(const Model& m) : model(m) { set_threads(1); }
@@ -554,11 +558,10 @@ struct Engine {
         rows = B, T = nodes_of_a_row;
         int64 R = B * T;
         const Layer& l = model.layer[0];
-        x = x_.at(R * model.hidden), hidden = hidden_.at(R * model.hidden);
-        y = y_.at(R * l.o.width()), attended = attended_.at(R * model.heads * model.head_dim);
-        q = q_.at(R * l.q.width()), k = k_.at(R * l.k.width()), v = v_.at(R * l.v.width());
-        gate = gate_.at(R * l.gate.width()), up = up_.at(R * l.up.width());
-        if (is_tree) nodes = nodes_.at(model.layers * B * node_stride());
+        x.fit(R * model.hidden), y.fit(R * l.o.width()), hidden.fit(R * model.hidden);
+        q.fit(R * l.q.width()), k.fit(R * l.k.width()), v.fit(R * l.v.width());
+        attended.fit(R * model.heads * model.head_dim), gate.fit(R * l.gate.width()), up.fit(R * l.up.width());
+        if (is_tree) nodes.fit(model.layers * B * node_stride());
     }
 };
 
@@ -611,6 +614,19 @@ static void weighted(const float* weights, int64 stride, const float* values, in
         for (int n = 0; n < N; n++) store(out + (r * D + d + n) * W, total[r][n]);
 }
 
+// Scores become weights, not yet divided by their sum, which is returned. n: a multiple of W.
+static float softmax(float* w, int64 n) {
+    Vector top = all(-1e30f), total{};
+    for (int64 i = 0; i < n; i += W) top = larger(load<Vector>(w + i), top);
+    top = all(largest(top));
+    for (int64 i = 0; i < n; i += W) {
+        Vector p = exp(load<Vector>(w + i) - top);
+        store(w + i, p);
+        total += p;
+    }
+    return sum(total);
+}
+
 // R nodes of a row, from `node` on, one attention head.
 template <int R>
 static void attend(Engine& e, State& s, const Tree* tree, float* scratch, int64 layer, int64 row, int64 node, int64 head) {
@@ -637,18 +653,7 @@ static void attend(Engine& e, State& s, const Tree* tree, float* scratch, int64 
                 weight[r * stride + length[r] - 1 + tree->depth[n]] = own[r * node_stride + n];
     }
     float sums[R];
-    for (int r = 0; r < R; r++) {                                               // softmax, not yet divided by its sum
-        float* w = weight + r * stride;
-        Vector top = all(-1e30f), lanes{};
-        for (int64 i = 0; i < stride; i += W) top = larger(load<Vector>(w + i), top);
-        top = all(largest(top));
-        for (int64 i = 0; i < stride; i += W) {
-            Vector p = exp(load<Vector>(w + i) - top);
-            store(w + i, p);
-            lanes += p;
-        }
-        sums[r] = sum(lanes);
-    }
+    for (int r = 0; r < R; r++) sums[r] = softmax(weight + r * stride, stride);
     // weights of the ancestors' slots must meet their own values, not what is in the cache there
     float later[R][64];
     for (int r = 0; r < R && !chain; r++)
@@ -916,13 +921,12 @@ static void draft(Worker& worker, Engine& e, State& s, const Heads& h, const Tre
         e.ids.assign(B * N, 0);
         e.guesses.assign(B * N * ranks, 0);
         int64 wide = std::max<int64>(trunk ? h.trunk.up.width() : 0, h.block[0].up.width());
-        e.up_.at(B * N * wide), e.up = e.up_.at(0);
-        e.y_.at(B * N * std::max(H + PANEL, trunk ? h.trunk.down.width() : 0)), e.y = e.y_.at(0);
-        e.input_.at(B * N * most_inputs), e.start_.at(B * (2 * N + K) * H), e.draft_.at(B * N * h.vocabulary[0].width());
+        e.up.fit(B * N * wide), e.y.fit(B * N * std::max(H + PANEL, trunk ? h.trunk.down.width() : 0));
+        e.input.fit(B * N * most_inputs), e.start.fit(B * (2 * N + K) * H), e.drafted.fit(B * N * h.vocabulary[0].width());
         for (int64 b = 0; b < B; b++) e.ids[b * N] = s.token[b];
     }
     worker.barrier();
-    float *input = e.input_.at(0), *x = e.start_.at(0), *context_x = x + B * N * H, *logits = e.draft_.at(0);
+    float *input = e.input, *x = e.start, *context_x = x + B * N * H, *logits = e.drafted;
     float* known = context_x + B * K * H;   // embeddings of the drafts that heads see: [B, N, H]
     if (trunk) {                            // a shared first block: context_x [B, K H], all heads' starts
         for (int64 b = worker.begin(B); b < worker.end(B); b++) {
@@ -1099,7 +1103,7 @@ void engine_step(Engine* e, State* s, const Heads* heads, const Tree* tree, cons
         clock(0);
         if (N > 1) draft(worker, *e, *s, *heads, *tree, *sampling);
         else if (worker.id == 0) e->ids.assign(s->token, s->token + B);
-        if (worker.id == 0) e->reserve(B, N, N > 1), e->logits = e->logits_.at(B * N * lm_head.width());
+        if (worker.id == 0) e->reserve(B, N, N > 1), e->logits.fit(B * N * lm_head.width());
         worker.barrier();
         clock(1);
         forward(worker, *e, *s, N > 1 ? tree : nullptr, e->ids.data(), tree->depth);
