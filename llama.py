@@ -209,7 +209,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        embeddings = torch.randn(config.vocab_size, config.hidden_size)     # as nn.Embedding does, but fast on "meta"
+        embeddings = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)     # normal_ is slow on "meta"
         self.embed_tokens = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -3,17 +3,25 @@
     python benchmarks/compare.py model                          # the embedded model
     python benchmarks/compare.py v0                             # a padded shape: v0, 110M, 1B, 7B (see pad_model.py)
     python benchmarks/compare.py 110M --curve                   # and what a step costs against nodes and context
+    python benchmarks/compare.py smollm2 --smollm2 FOLDER       # a published model, as benchmarks/smollm2.py writes it
 
 One prompt at a time, greedy, up to 256 new tokens or the end of the text; the same openings and weights for all.
 Each contestant is a process of its own that stays loaded; they take turns at each opening, so that what else the
 machine does hits all alike; a run in which other processes used over 6 % of a core is repeated, or marked `*` where it
 stays so. Seconds are prefill and decoding. A padded shape computes exactly what model/ computes, so acceptance is the
-embedded model's. Peers: `pip install -r benchmarks/requirements.txt`; llama2.c by --llama2c PATH of its compiled `run`.
+embedded model's. Peers: `pip install -r benchmarks/requirements.txt`; llama2.c by --llama2c PATH of its compiled `run`,
+which has an eps and a rope_theta of 10000 compiled in. All contestants stay in memory: choose --rows where it is short.
+
+"native" is the C++ engine (--fast) on weights in float32, bfloat16 or int8; it always computes in float32. A native
+Medusa row has the tree that promises the most tokens per second for its weights and threads on this machine: trees of
+2 to 16 nodes by the hits in the heads' tree.json, each tree's step timed before the comparison.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import platform
 import resource
 import statistics
 import subprocess
@@ -26,59 +34,185 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 QUIET = 0.06  # of a core: what other processes may use while a contestant runs
 PUBLISHED = 63  # nodes of mc_sim_7b_63, the root not counted
+NODES, ROUNDS, STEPS = (2, 3, 4, 6, 8, 12, 16), 4, 3  # a native row's tree: sizes to choose from, timed 4 x 3 steps
+CURVE = {"eager": (1, 2, 4, 8, 16, 32, 64), "native": (1, 2, 4, 6, 8, 16)}  # nodes
+UNTRAINED = "untrained Hydra heads (4, width 256, draft vocabulary of 2048): what they cost is what trained ones cost"
 
-# name → (worker, its options): what --rows chooses from
+# weights of a native row → what NativeLlama keeps them in, None: 8 bits, the embeddings as in the checkpoint
+NATIVE = {"f32": "float32", "bf16": "bfloat16", "int8": None}
+PRECISION = {"float32": "f32", "bfloat16": "bf16"}
+
+# name → (worker, its options, its weights, None: --dtype): what --rows chooses from
 ROWS = {
-    "ours, plain": ("ours", {}),
-    "ours, Medusa": ("ours", {"medusa": "own"}),
-    "ours, Medusa, published 64 nodes": ("ours", {"medusa": "published"}),
-    "ours, prompt lookup": ("ours", {"medusa": "lookup"}),
-    "transformers, dynamic cache": ("transformers", {}),
-    "transformers, prompt lookup": ("transformers", {"prompt_lookup_num_tokens": 10}),
-    "transformers, static cache, compiled": ("transformers_static", {}),
-    "llama.cpp": ("llama_cpp", {}),
-    "llama.cpp, no flash attention": ("llama_cpp_no_flash", {}),
-    "llama.cpp q8_0 (lossy)": ("llama_cpp_q8", {}),
-    "CTranslate2": ("ctranslate2", {}),
-    "onnxruntime-genai": ("onnxruntime_genai", {}),
-    "llama2.c": ("llama2c", {}),
+    "ours, plain": ("ours", {}, None),
+    "ours, Medusa": ("ours", {"medusa": "own"}, None),
+    "ours, Medusa, published 64 nodes": ("ours", {"medusa": "published"}, None),
+    "ours, prompt lookup": ("ours", {"medusa": "lookup"}, None),
+    "ours, plain, native f32": ("native_f32", {}, "f32"),
+    "ours, Medusa, native f32": ("native_f32", {"medusa": "own"}, "f32"),
+    "ours, plain, native bf16": ("native_bf16", {}, "bf16"),
+    "ours, Medusa, native bf16": ("native_bf16", {"medusa": "own"}, "bf16"),
+    "ours, plain, native int8": ("native_int8", {}, "int8"),
+    "ours, Medusa, native int8": ("native_int8", {"medusa": "own"}, "int8"),
+    "transformers, dynamic cache": ("transformers", {}, None),
+    "transformers, prompt lookup": ("transformers", {"prompt_lookup_num_tokens": 10}, None),
+    "transformers, static cache, compiled": ("transformers_static", {}, None),
+    "llama.cpp": ("llama_cpp", {}, "f32"),
+    "llama.cpp, no flash attention": ("llama_cpp_no_flash", {}, "f32"),
+    "llama.cpp bf16 (lossy cache)": ("llama_cpp_bf16", {}, "bf16"),
+    "llama.cpp q8_0 (lossy)": ("llama_cpp_q8", {}, "int8"),
+    "CTranslate2": ("ctranslate2", {}, None),
+    "onnxruntime-genai": ("onnxruntime_genai", {}, None),
+    "llama2.c": ("llama2c", {}, "f32"),
 }
-PREFILL = ("ours, plain", "transformers, dynamic cache", "llama.cpp", "llama.cpp, no flash attention", "CTranslate2")
+PREFILL = (
+    "ours, plain",
+    "ours, plain, native f32",
+    "ours, plain, native bf16",
+    "transformers, dynamic cache",
+    "llama.cpp",
+    "llama.cpp, no flash attention",
+    "llama.cpp bf16 (lossy cache)",
+    "CTranslate2",
+)
+# ratio → (the beginning of the rows that it is to, their weights too); of several rows the fastest counts
+RATIOS = {
+    "to_transformers": ("transformers, dynamic cache", False),
+    "to_plain": ("ours, plain", True),
+    "to_llama_cpp": ("llama.cpp", True),
+    "to_llama2c": ("llama2.c", True),
+    "to_ctranslate2": ("CTranslate2", True),
+}
 
 
 # ------------------------------------------------------------------------------- workers: (folder, args) → a function
 #                                                              run(prompt ids, options) → (new ids, decoding steps)
 
 
-def ours(folder, args):
+def ours(folder, args, native=None):
+    """native: the weights that the C++ engine has, None: plain torch."""
+    from functools import lru_cache
+
     import torch
 
+    from fast import engines
+    from fast.native import NativeLlama
     from llama import Llama
+    from loading.files import UserError
     from loading.trees import published_tree, read_tree
-    from tinymedusa import Decoder, PlainDecoder, Tree, call
+    from tinymedusa import Tree, call
     from variants.heads import load_heads
-    from variants.lookup import Lookup, LookupDecoder
+    from variants.lookup import Lookup
 
     torch.set_num_threads(args.threads)
-    model = Llama.from_pretrained(folder, dtype=getattr(torch, args.dtype))
-    heads = load_heads(folder / "medusa", model)
-    own, _ = read_tree(folder / "medusa", len(heads), heads.draft_size, args.tree)
-    published = published_tree(len(heads), PUBLISHED, heads.draft_size)
-    decoders = {
-        None: PlainDecoder(model),
-        "own": Decoder(model, heads, Tree.from_paths(own)),
-        "published": Decoder(model, heads, Tree.from_paths(published)),
-        "lookup": LookupDecoder(model, Lookup(model.config), Tree.from_paths(Lookup.chain)),
-    }
+    if native:
+        dtype = NATIVE[native] and getattr(torch, NATIVE[native])
+        model = NativeLlama.from_pretrained(folder, dtype, quantized=native == "int8")
+        model.set_threads(args.threads)
+    else:
+        model = Llama.from_pretrained(folder, dtype=getattr(torch, args.dtype))
+    heads = load_heads(folder / "medusa", model) if (folder / "medusa" / "config.json").exists() else None
+
+    @lru_cache
+    def decoder_of(medusa):
+        if medusa is None:
+            return engines.decoder(model)
+        if medusa == "lookup":
+            return engines.decoder(model, Lookup(model.config), Tree.from_paths(Lookup.chain))
+        if heads is None:
+            raise UserError("this folder has no heads")
+        about = {}
+        if medusa == "published":
+            paths = published_tree(len(heads), PUBLISHED, heads.draft_size)
+        elif native and not args.tree and (hits := known_hits(folder)):
+            paths, about = fastest_tree(model, heads, hits)
+        else:
+            paths, _ = read_tree(folder / "medusa", len(heads), heads.draft_size, args.tree)
+        run.about[medusa] = {"nodes": 1 + len(paths), "tree": paths} | about
+        return engines.decoder(model, heads, Tree.from_paths(paths))
 
     def run(ids, medusa=None, stages=call):
-        decoder = decoders[medusa]
+        decoder = decoder_of(medusa)
         decoder.run = stages
         news = [new for (new,) in decoder.generate([ids], args.max_new_tokens)]
         return [t for new in news for t in new], len(news) - 1
 
-    run.model, run.heads = model, heads
+    run.model, run.heads, run.about = model, heads, {}
     return run
+
+
+def native_f32(folder, args):
+    return ours(folder, args, "f32")
+
+
+def native_bf16(folder, args):
+    return ours(folder, args, "bf16")
+
+
+def native_int8(folder, args):
+    return ours(folder, args, "int8")
+
+
+def step_seconds(makers: dict, prompt: list, rounds: int, steps: int) -> dict:
+    """Seconds of whole decoding steps behind a prompt, drafting included, in turns: name → function that makes a
+    decoder → name → times."""
+    from itertools import islice
+
+    seconds = {name: [] for name in makers}
+    for _ in range(rounds):
+        for name, make in makers.items():
+            some = islice(make().generate([prompt], 20 * steps), steps + 1)
+            next(some)  # the prefill
+            begin = time.perf_counter()
+            for _ in some:
+                seconds[name].append(time.perf_counter() - begin)
+                begin = time.perf_counter()
+    return seconds
+
+
+def known_hits(folder) -> dict:
+    """Path → the share of the places where all of it was right, greedy, of all entries of the heads' tree.json. A
+    padded shape's heads guess what the embedded model's do."""
+    from loading.files import read_json
+    from loading.trees import by_temperature
+
+    hits, own = {}, read_json(folder / "medusa" / "tree.json") if (folder / "medusa" / "tree.json").exists() else {}
+    base, tree = read_json(folder / "medusa" / "config.json").get("base_model_name_or_path"), own
+    if str(base).startswith("padded "):
+        tree = read_json(ROOT / "model" / "medusa" / "tree.json")
+        if sorted(tree["paths"]) != sorted(own["paths"]):
+            raise ValueError("padded from other heads than model/ has now: write it anew, or give --tree")
+    for entry in (tree, *tree.get("modes", {}).values()):
+        greedy = by_temperature(entry).get(0.0, {})
+        hits |= zip(map(tuple, greedy.get("paths", ())), greedy.get("hits", ()), strict=False)
+    ancestors = lambda path: (path[:depth] for depth in range(1, len(path) + 1))
+    return {path: min(hits[p] for p in ancestors(path)) for path in hits}
+
+
+def fastest_tree(model, heads, hits: dict) -> tuple[list, dict]:
+    """The paths with the most expected tokens per second on this engine, here and now, and what was compared."""
+    from fast import engines
+    from tinymedusa import Tree
+
+    begin = time.perf_counter()
+    order = sorted(hits, key=lambda path: (-hits[path], len(path), path))  # an ancestor is right at least as often
+    trees = {n: order[: n - 1] for n in NODES if n <= 1 + len(order)}
+    make = lambda paths: lambda: engines.decoder(model, heads, Tree.from_paths(paths), eos=())
+    makers = {1: lambda: engines.decoder(model, eos=())} | {n: make(paths) for n, paths in trees.items()}
+    cost = {n: statistics.quantiles(s)[0] for n, s in step_seconds(makers, [1] * 64, ROUNDS, STEPS).items()}
+    candidates = [
+        {
+            "nodes": n,
+            "tokens_per_step": round(expected, 3),
+            "step_ms": round(1000 * cost[n], 4),
+            "tokens_per_second": round(expected / cost[n], 1),
+        }
+        for n in cost
+        for expected in [1 + sum(hits[path] for path in trees.get(n, ()))]
+    ]
+    best = max(candidates[1:], key=lambda c: c["tokens_per_second"])  # the root alone is another row
+    about = {"candidates": candidates, "choosing_s": time.perf_counter() - begin}
+    return [list(path) for path in trees[best["nodes"]]], about
 
 
 def transformers(folder, args, **generate_options):
@@ -180,12 +314,17 @@ def write_gguf(folder, path, kind):
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
 
 
-def llama_cpp(folder, args, flash=True, kind=None):
+def kept(folder, args, what: str) -> Path:
+    """Where a converted model is kept; another one for another checkpoint of the same name."""
+    files = [(str(f.resolve()), f.stat().st_mtime_ns) for f in sorted(folder.glob("*.safetensors"))]
+    return Path(args.scratch) / f"{folder.name}-{hashlib.sha256(repr(files).encode()).hexdigest()[:8]}-{what}"
+
+
+def llama_cpp(folder, args, flash=True, kind="float32"):
     import llama_cpp as lib
     import numpy as np
 
-    kind = kind or args.dtype
-    path = Path(args.scratch) / f"{folder.name}-{kind}.gguf"
+    path = kept(folder, args, f"{kind}.gguf")
     if not path.exists():
         subprocess.run([sys.executable, __file__, str(folder), "--gguf", str(path), kind], check=True)
     model = lib.Llama(
@@ -220,6 +359,10 @@ def llama_cpp_no_flash(folder, args):
     return llama_cpp(folder, args, flash=False)
 
 
+def llama_cpp_bf16(folder, args):
+    return llama_cpp(folder, args, kind="bfloat16")
+
+
 def llama_cpp_q8(folder, args):
     return llama_cpp(folder, args, flash=False, kind="q8_0")
 
@@ -227,7 +370,7 @@ def llama_cpp_q8(folder, args):
 def ctranslate2(folder, args):
     import ctranslate2 as lib
 
-    target = Path(args.scratch) / f"{folder.name}-ct2"
+    target = kept(folder, args, "ct2")
     if not target.exists():
         from ctranslate2.converters import TransformersConverter
 
@@ -254,7 +397,7 @@ def ctranslate2(folder, args):
 def onnxruntime_genai(folder, args):
     import onnxruntime_genai as lib
 
-    target = Path(args.scratch) / f"{folder.name}-onnx"
+    target = kept(folder, args, "onnx")
     if not (target / "genai_config.json").exists():
         subprocess.run(
             [
@@ -304,7 +447,7 @@ def llama2c(folder, args):
     if not args.llama2c:
         raise ImportError("no --llama2c PATH")
     model = Llama.from_pretrained(folder, dtype=torch.float32)
-    c, path = model.config, Path(args.scratch) / f"{folder.name}-llama2c.bin"
+    c, path = model.config, kept(folder, args, "llama2c.bin")
     order = [
         "input_layernorm",
         "self_attn.q_proj",
@@ -326,7 +469,7 @@ def llama2c(folder, args):
                 c.num_hidden_layers,
                 c.num_attention_heads,
                 c.num_key_value_heads,
-                -c.vocab_size,
+                c.vocab_size if c.tie_word_embeddings else -c.vocab_size,
                 c.max_position_embeddings,
             )
         )
@@ -337,7 +480,8 @@ def llama2c(folder, args):
                 write(f"layers.{i}.{part}.weight")
         write("norm.weight")
         file.write(bytes(4 * c.max_position_embeddings * c.head_dim))  # rotary tables it no longer reads
-        write("lm_head.weight")
+        if not c.tie_word_embeddings:
+            write("lm_head.weight")
     letter = lambda i: chr(0x4E00 + i) if i < 20000 else chr(0x20000 + i)
 
     def run(ids):
@@ -375,7 +519,8 @@ def llama2c(folder, args):
 
 
 def work(args) -> None:
-    """Reads {"ids", "options"} a line, answers {"tokens", "steps", "seconds"}; the first answer tells the start-up."""
+    """Reads {"ids", "options"} a line, answers {"tokens", "steps", "seconds", ..}; the first answer tells the start-up.
+    about: what our function says of its tree."""
     answer, sys.stdout = sys.stdout, sys.stderr
     say = lambda **fields: print(json.dumps(fields), file=answer, flush=True)
     try:
@@ -402,6 +547,7 @@ def work(args) -> None:
             seconds=own[0] if own else wall,
             others=max(0.0, total - mine) / wall,
             peak_mb=int(status.partition("VmHWM:")[2].split()[0]) / 1024,
+            about=getattr(run, "about", {}).get(request["options"].get("medusa"), {}),
         )
 
 
@@ -431,8 +577,6 @@ class Worker:
             str(args.scratch),
             "--max-new-tokens",
             str(args.max_new_tokens),
-            "--eos",
-            json.dumps(args.eos),
         ]
         for option in ("tree", "llama2c"):
             if getattr(args, option):
@@ -468,23 +612,32 @@ class Worker:
 # ------------------------------------------------------------------------------------------------------- the comparison
 
 
+def chosen(names, args) -> list[str]:
+    """The rows that --rows asks for: a whole name means that row only."""
+    wanted = lambda name, part: part == name if part in ROWS else part in name
+    return [name for name in names if not args.rows or any(wanted(name, part) for part in args.rows)]
+
+
 def contest(prompts: list, args, names=tuple(ROWS)) -> list[dict]:
     """All rows over all prompts, in turns; `repeats` rounds of each."""
     from tqdm import tqdm
 
     workers, rows = {}, []
-    for name in [n for n in names if not args.rows or any(part in n for part in args.rows)]:
-        kind, options = ROWS[name]
-        row = {"row": name, "options": options, "worker": kind, "runs": []}
+    for name in chosen(names, args):
+        kind, options, precision = ROWS[name]
+        row = {"row": name, "options": options, "worker": kind, "precision": precision or PRECISION[args.dtype]}
+        row["runs"] = []
         if kind not in workers:
             workers[kind] = Worker(kind, args)
         if workers[kind].refused is None:
-            first = workers[kind].ask(prompts[0], options)  # warms up, and compiles what is to be compiled
-            row |= {"startup_s": round(time.perf_counter() - workers[kind].begin, 2), "refused": first.get("refused")}
+            first = workers[kind].ask(prompts[0], options)  # warms up, compiles what is to be compiled, finds a tree
+            about = first.get("about", {})
+            seconds = time.perf_counter() - workers[kind].begin - about.get("choosing_s", 0)
+            row |= about | {"startup_s": round(seconds, 2), "refused": first.get("refused")}
             workers[kind].begin = time.perf_counter()
         else:
             row["refused"] = workers[kind].refused
-        print(f"{name}: {row['refused'] or 'ready'}", file=sys.stderr)
+        print(f"{name}: {row['refused'] or 'ready'}{choice(row)}", file=sys.stderr)
         rows.append(row)
     alive = [row for row in rows if row["refused"] is None]
     for _ in tqdm(range(args.repeats), desc="rounds"):
@@ -495,18 +648,27 @@ def contest(prompts: list, args, names=tuple(ROWS)) -> list[dict]:
                     run = workers[row["worker"]].ask(ids, row["options"])
                     if run.get("others", 0) <= QUIET:
                         break
+                run.pop("about", None)
                 row["runs"].append({"prompt": i} | run)
     for worker in workers.values():
         worker.close()
     return rows
 
 
+def choice(row: dict) -> str:
+    """The tree of a row, and what it was chosen from: nodes and the tokens per second that were expected."""
+    if "nodes" not in row:
+        return ""
+    others = ", ".join(f"{c['nodes']}: {c['tokens_per_second']:.0f}" for c in row.get("candidates", ()))
+    return f", a tree of {row['nodes']} nodes" + f" (tokens/s expected by nodes: {others})" * bool(others)
+
+
 def summary(rows: list) -> None:
     """Adds to each row what the table shows."""
-    reference = {run["prompt"]: run["tokens"] for run in rows[0]["runs"]}
+    finished = [row for row in rows if row["runs"]]
+    reference = {run["prompt"]: run["tokens"] for row in finished[:1] for run in row["runs"]}
     speed = lambda row: statistics.median(len(r["tokens"]) / r["seconds"] for r in row["runs"])
-    by_name = {row["row"]: row for row in rows if row["runs"]}
-    for row in by_name.values():
+    for row in finished:
         runs = row["runs"]
         rates = sorted(len(r["tokens"]) / r["seconds"] for r in runs)
         tokens, steps = (sum(f(r) for r in runs) for f in (lambda r: len(r["tokens"]) - 1, lambda r: r["steps"]))
@@ -520,16 +682,49 @@ def summary(rows: list) -> None:
             "tokens_per_second": round(speed(row), 1),
             "quartiles": [round(rates[len(rates) * i // 4], 1) for i in (1, 3)],
             "ms_per_step": round(1000 * statistics.median(r["seconds"] / max(1, r["steps"]) for r in runs), 3),
-            "tokens_per_step": round(tokens / steps, 3),
+            "tokens_per_step": round(tokens / max(1, steps), 3),
             "peak_mb": round(max(r["peak_mb"] for r in runs)),
+            "others_cores": round(statistics.median(r["others"] for r in runs), 2),
             "disturbed": sum(r["others"] > QUIET for r in runs),
-            "identical": sum(p is None for p in parts),
+            "identical": sum(r["tokens"] == reference[r["prompt"]] for r in runs),
             "first_difference": min((p for p in parts if p is not None), default=None),
             "of": len(runs),
         }
-        for ratio, other in (("to_transformers", "transformers, dynamic cache"), ("to_plain", "ours, plain")):
-            if other in by_name:
-                row[ratio] = round(speed(row) / speed(by_name[other]), 2)
+        for ratio, (beginning, alike) in RATIOS.items():
+            others = [r for r in finished if r["row"].startswith(beginning)]
+            same = [r for r in others if r["precision"] == row["precision"]]
+            others = others if not alike or ratio == "to_plain" and not same else same
+            if others:
+                row[ratio] = round(speed(row) / max(map(speed, others)), 2)
+        for plain in finished:
+            if plain["worker"] == row["worker"] and plain["row"].startswith("ours, plain"):
+                row["to_own_plain"] = round(speed(row) / speed(plain), 2)
+
+
+def fastest_read(size: int, rounds: int = 20) -> tuple[float, str]:
+    """Bytes per second of the best of `rounds` reads of `size` bytes (of at most 10^9) by any of these functions, and
+    which. numpy's memory is on large pages, as the engine's is."""
+    import numpy as np
+    import torch
+
+    data = np.ones(int(min(size, 1e9)) // 4, np.float32)
+    tensor = torch.from_numpy(data)
+    ways = {
+        "torch sum": tensor.sum,
+        "torch amax": tensor.amax,
+        "torch dot": lambda: tensor.dot(tensor),
+        "torch int32 max": tensor.view(torch.int32).max,
+        "numpy max": data.max,
+        "numpy dot": lambda: data.dot(data),
+    }
+    best = {}
+    for _ in range(rounds):
+        for name, read in ways.items():
+            begin = time.perf_counter()
+            read()
+            best[name] = min(best.get(name, 9e9), time.perf_counter() - begin)
+    way = min(best, key=best.get)
+    return data.nbytes / best[way], way
 
 
 def machine(folder, args) -> dict:
@@ -539,28 +734,59 @@ def machine(folder, args) -> dict:
     from llama import LlamaConfig
 
     torch.set_num_threads(args.threads)
-    c, size = LlamaConfig.from_pretrained(folder), {"float32": 4, "bfloat16": 2}[args.dtype]
-    heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim + c.num_attention_heads * c.head_dim
-    weights = c.num_hidden_layers * c.hidden_size * (heads + 3 * c.intermediate_size) + c.vocab_size * c.hidden_size
-    data, matrix = torch.ones(weights * size // 4), torch.randn(1024, 1024)
+    c = LlamaConfig.from_pretrained(folder)
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    outputs = c.num_hidden_layers * (queries + 2 * keys + 2 * c.hidden_size + 2 * c.intermediate_size) + c.vocab_size
+    a_layer = c.hidden_size * (2 * queries + 2 * keys + 3 * c.intermediate_size)
+    weights = c.num_hidden_layers * a_layer + c.vocab_size * c.hidden_size
+    reads = {}
+    for precision, size in (("f32", 4 * weights), ("bf16", 2 * weights), ("int8", weights + 4 * outputs)):
+        bandwidth, way = fastest_read(size)
+        reads[precision] = {
+            "weights_mb": round(size / 1e6, 2),
+            "read_gb_per_s": round(bandwidth / 1e9, 2),
+            "by": way,
+            "floor_ms": round(1000 * size / bandwidth, 4),
+        }
+    matrix, times = torch.randn(1024, 1024), []
+    for _ in range(9):
+        begin = time.perf_counter()
+        torch.mm(matrix, matrix)
+        times.append(time.perf_counter() - begin)
+    peak = 1024**3 / statistics.median(times)
+    return (
+        processor()
+        | {
+            "threads": args.threads,
+            "torch": torch.__version__,
+            "reads": reads,
+            "multiply_adds_g_per_s": round(peak / 1e9, 1),
+            "arithmetic_ms_a_node": round(1000 * weights / peak, 4),
+        }
+        | {k: v for k, v in reads[PRECISION[args.dtype]].items() if k != "by"}
+    )
 
-    def best(function, repeats=9):
-        times = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times)
 
-    bandwidth = data.numel() * 4 / best(data.sum, 99 if weights < 1e7 else 9)
-    peak = 1024**3 / best(lambda: matrix @ matrix)
+def processor() -> dict:
+    """Its name, what it can do that matters here, and what else runs on it."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    field = lambda name: next(
+        (line.partition(":")[2].strip() for line in info.splitlines() if line.startswith(name)), ""
+    )
     return {
-        "weights_mb": round(weights * size / 1e6, 2),
-        "read_gb_per_s": round(bandwidth / 1e9, 1),
-        "multiply_adds_g_per_s": round(peak / 1e9, 1),
-        "floor_ms": round(1000 * weights * size / bandwidth, 4),
-        "arithmetic_ms_a_node": round(1000 * weights / peak, 4),
+        "processor": field("model name") or platform.processor(),
+        "flags": [f for f in field("flags").split() if f in ("avx2", "avx512f", "avx512_vnni") or f.startswith("amx")],
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
     }
+
+
+def add_shares(rows: list, machine: dict) -> None:
+    """To each native plain row the share of the read bandwidth at which it reads its weights."""
+    for row in rows:
+        if row["row"].startswith("ours, plain, native") and row["runs"]:
+            read = machine["reads"][row["precision"]]
+            row["share_of_read_bandwidth"] = round(read["floor_ms"] / row["ms_per_step"], 3)
 
 
 def prefill(ids: list, args) -> list[dict]:
@@ -579,7 +805,7 @@ def stages(prompts: list, args, run) -> dict:
     import tinymedusa
 
     table = {}
-    for name in (None, "own", "published"):
+    for name in (None, "own", "published") if run.heads else (None,):
         run(prompts[0], medusa=name)
         clock = tinymedusa.Stages("cpu")
         for ids in prompts:
@@ -592,32 +818,29 @@ def stages(prompts: list, args, run) -> dict:
     return table
 
 
-def curve(args, run) -> list[dict]:
+def curve(args, run, sizes) -> list[dict]:
     """ms of a whole step against nodes and context, and the tokens per step where a tree breaks even."""
-    from itertools import islice
+    import torch
 
+    from fast import engines
     from loading.trees import published_tree
-    from tinymedusa import Decoder, PlainDecoder, Tree
+    from tinymedusa import Tree
+    from variants.heads import build_heads
 
     model, heads, points = run.model, run.heads, []
-    context = model.config.max_position_embeddings
-    sizes = [1, 2, 4, 8, 16, 32, 64]
-    decoders = {1: PlainDecoder(model, eos=())}
+    if heads is None:
+        options = {"kind": "hydra", "width": 256, "recent": 1, "tie_lm_head": True}
+        heads = build_heads(model, 4, token_map=torch.arange(2048), **options).requires_grad_(False).eval()
+        heads.freeze()
+    made = {1: engines.decoder(model, eos=())}
     for n in sizes[1:]:
         paths = published_tree(len(heads), n - 1, heads.draft_size)
-        decoders[n] = Decoder(model, heads, Tree.from_paths(paths), eos=())
+        made[n] = engines.decoder(model, heads, Tree.from_paths(paths), eos=())
+    makers = {n: lambda decoder=decoder: decoder for n, decoder in made.items()}
     for length in (128, 512, 2048 - 100):
-        if length + 100 > context:
+        if length + 100 > model.config.max_position_embeddings:
             continue
-        seconds = {n: [] for n in sizes}
-        for _ in range(args.repeats):
-            for n in sizes:
-                steps = islice(decoders[n].generate([[1] * length], 60), 9)  # the prefill and 8 steps
-                next(steps)
-                begin = time.perf_counter()
-                for _ in steps:
-                    seconds[n].append(time.perf_counter() - begin)
-                    begin = time.perf_counter()
+        seconds = step_seconds(makers, [1] * length, args.repeats, 8)
         cost = {n: statistics.median(s) for n, s in seconds.items()}
         points += [
             {
@@ -631,39 +854,79 @@ def curve(args, run) -> list[dict]:
     return points
 
 
+def profiles(prompts: list, args) -> dict:
+    """The stages of each of our engines that has a row, and with --curve what its steps cost."""
+    result = {"stages": {}, "curve": {}, "curve_heads": None}
+    engines = dict.fromkeys(ROWS[name][0] for name in chosen(ROWS, args))
+    for mode, native in {"eager": None, **{f"native {kind}": kind for kind in NATIVE}}.items():
+        if (f"native_{native}" if native else "ours") not in engines:
+            continue
+        try:
+            run = ours(args.folder, args, native)
+        except Exception as error:  # its rows say so
+            print(f"{mode}: {error}", file=sys.stderr)
+            continue
+        result["stages"][mode] = stages(prompts, args, run)
+        if args.curve:
+            result["curve"][mode] = curve(args, run, CURVE["native" if native else "eager"])
+            result["curve_heads"] = "the folder's own heads" if run.heads else UNTRAINED
+    return result
+
+
+def row_name(row: dict) -> str:
+    own = "nodes" in row and row["options"].get("medusa") == "own"
+    return row["row"] + f" ({row['nodes']} nodes)" * own
+
+
 def markdown(result: dict) -> str:
+    rows = [row for row in result["rows"] if "tokens_per_second" in row]
+    ratios = [ratio for ratio in RATIOS if any(ratio in row for row in rows)]
+    title = lambda ratio: {"to_plain": "to ours plain"}.get(ratio, "to " + RATIOS[ratio][0].partition(",")[0])
+    columns = ["", "weights", "tokens/s (quartiles)", "ms/step", "tokens/step", *map(title, ratios)]
+    columns += ["start-up s", "peak MB", "same tokens"]
     lines = [
         f"### {result['title']}",
         "",
         result["setting"],
         "",
-        "| | tokens/s (quartiles) | ms/step | tokens/step | to transformers | to ours plain | start-up s | peak MB | "
-        "same tokens |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"|{' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
     ]
     for row in result["rows"]:
-        if "tokens_per_second" not in row:
-            lines.append(f"| {row['row']} | {row['refused']} | | | | | | | |")
+        if row not in rows:
+            lines.append(f"| {row['row']} | {row['precision']} | {row['refused']} " + "| " * (len(columns) - 3) + "|")
             continue
         same = f"{row['identical']} of {row['of']}" + (
             "" if row["first_difference"] is None else f", first difference at {row['first_difference']}"
         )
-        lines.append(
-            "| {row}{mark} | {tokens_per_second:.0f} ({q[0]:.0f} to {q[1]:.0f}) | {ms_per_step} | {tokens_per_step} "
-            "| {t} | {p} | {startup_s} | {peak_mb} | {same} |".format(
-                q=row["quartiles"],
-                same=same,
-                mark=" *" * (row["disturbed"] > row["of"] // 2),
-                t=row.get("to_transformers", ""),
-                p=row.get("to_plain", ""),
-                **row,
-            )
-        )
+        low, high = row["quartiles"]
+        cells = [
+            row_name(row) + " *" * (row["disturbed"] > row["of"] // 2),
+            row["precision"],
+            f"{row['tokens_per_second']:.0f} ({low:.0f} to {high:.0f})",
+            row["ms_per_step"],
+            row["tokens_per_step"],
+            *(row.get(ratio, "") for ratio in ratios),
+            row["startup_s"],
+            row["peak_mb"],
+            same,
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     m = result["machine"]
+    reads = (f"{p} {r['weights_mb']} MB at {r['read_gb_per_s']} GB/s ({r['by']})" for p, r in m["reads"].items())
+    shares = {r["precision"]: r["share_of_read_bandwidth"] for r in rows if "share_of_read_bandwidth" in r}
     lines += [
+        "",
+        f"{m['processor']} ({', '.join(m['flags'])}), {m['cores']} cores, {m['threads']} used, load average "
+        f"{m['load_average'][0]}.",
         "",
         f"Floor: {m['weights_mb']} MB of weights a step at {m['read_gb_per_s']} GB/s = {m['floor_ms']} ms; a node's "
         f"arithmetic at {m['multiply_adds_g_per_s']} G multiply-adds/s = {m['arithmetic_ms_a_node']} ms.",
+        "",
+        f"Best of 20 reads of as many bytes: {', '.join(reads)}."
+        + f" Of that our native plain step reaches {', '.join(f'{p} {s:.0%}' for p, s in shares.items())}."
+        * bool(shares)
+        + " Above 100 %: no read of torch's or numpy's was as fast as the step." * any(s > 1 for s in shares.values()),
     ]
     if result["prefill"]:
         n = result["prefill"][0]["prompt_tokens"]
@@ -680,7 +943,9 @@ def markdown(result: dict) -> str:
         sizes = sorted({p["nodes"] for p in points})
         lines += [
             "",
-            f"| {mode}: step, ms (tokens per step to break even) | " + " | ".join(f"{n} nodes" for n in sizes) + " |",
+            f"| {mode}: whole step with its draft, ms (in plain steps); {result['curve_heads']} | "
+            + " | ".join(f"{n} nodes" for n in sizes)
+            + " |",
             "|---|" + "---|" * len(sizes),
         ]
         for context in sorted({p["context"] for p in points}):
@@ -699,7 +964,7 @@ def figure(result: dict, path) -> None:
     rows = [r for r in reversed(result["rows"]) if "tokens_per_second" in r]
     fig, ax = plt.subplots(figsize=(8, 0.42 * len(rows) + 1.2))
     colours = ["#d95f02" if r["row"].startswith("ours") else "#7f8fa6" for r in rows]
-    ax.barh([r["row"] for r in rows], [r["tokens_per_second"] for r in rows], color=colours)
+    ax.barh([row_name(r) for r in rows], [r["tokens_per_second"] for r in rows], color=colours)
     for i, r in enumerate(rows):
         ax.text(r["tokens_per_second"], i, f" {r['tokens_per_second']:.0f}", va="center", fontsize=8)
     ax.set_xlabel("tokens per second, one prompt at a time")
@@ -710,16 +975,17 @@ def figure(result: dict, path) -> None:
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", help="a model folder with heads in medusa/, or a padded shape")
-    parser.add_argument("--rows", action="append", help="only rows whose name contains this; may be repeated")
+    parser.add_argument("folder", help="a model folder, heads in its medusa/, or a padded shape, or smollm2")
+    parser.add_argument("--rows", action="append", help="only rows whose name is or contains this; may be repeated")
     parser.add_argument("--prompts", type=int, default=4, help="openings of benchmarks/openings.txt")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32, for 1B and 7B bfloat16")
-    parser.add_argument("--tree", help="paths of the own tree (default: tree.json beside the heads)")
+    parser.add_argument("--tree", help="paths of the own tree (default: tree.json beside the heads; native: see above)")
     parser.add_argument("--curve", action="store_true", help="also time steps against nodes and context")
     parser.add_argument("--prefill", type=int, metavar="N", help="also time the reading of a prompt of N tokens")
+    parser.add_argument("--smollm2", metavar="FOLDER", help="what benchmarks/smollm2.py wrote")
     parser.add_argument("--llama2c", metavar="PATH", help="a compiled `run` of llama2.c")
     parser.add_argument(
         "--scratch",
@@ -727,8 +993,7 @@ def arguments():
         help="where padded and converted models are kept",
     )
     parser.add_argument("--out", metavar="PREFIX", help="writes PREFIX.json, PREFIX.md and PREFIX.png")
-    for hidden in ("--worker", "--eos"):
-        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--gguf", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -736,42 +1001,51 @@ def arguments():
 def main():
     args = arguments()
     args.dtype = args.dtype or ("bfloat16" if args.folder in ("1B", "7B") else "float32")
-    args.eos = json.loads(args.eos or "[2]")
     shape = None
+    if args.folder == "smollm2":
+        if not args.smollm2:
+            sys.exit("smollm2: give --smollm2 FOLDER, as benchmarks/smollm2.py writes it")
+        shape, args.folder = "SmolLM2-135M-Instruct", args.smollm2
     if args.folder in ("v0", "110M", "1B", "7B"):
         import pad_model
 
-        shape, folder = args.folder, Path(args.scratch) / args.folder
+        shape, folder = f"padded {args.folder}", Path(args.scratch) / args.folder
         if not (folder / "medusa" / "tree.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            pad_model.write(folder, shape)
+            pad_model.write(folder, args.folder)
         args.folder = folder
     args.folder = Path(args.folder)
     if args.gguf:
         return write_gguf(args.folder, *args.gguf)
+    from llama import LlamaConfig
+
+    config = LlamaConfig.from_pretrained(args.folder)
+    args.eos = list(config.eos_token_ids)
     if args.worker:
         return work(args)
     Path(args.scratch).mkdir(parents=True, exist_ok=True)
-    from llama import LlamaConfig
     from loading.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(args.folder, LlamaConfig.from_pretrained(args.folder))
+    tokenizer = Tokenizer(args.folder, config)
     openings = (ROOT / "benchmarks" / "openings.txt").read_text(encoding="utf-8").splitlines()[: args.prompts]
     prompts = [tokenizer.encode(text) for text in openings]
     rows = contest(prompts, args)
     summary(rows)
-    ids, run = ([t for prompt in 99 * prompts for t in prompt][: args.prefill], ours(args.folder, args))
-    what = f"padded {shape}" if shape else args.folder.resolve().name + "/"
+    about = machine(args.folder, args)
+    add_shares(rows, about)
+    ids = [t for prompt in 99 * prompts for t in prompt][: args.prefill]
     result = {
-        "title": f"{what}, {args.dtype}, {args.threads} thread{'s' * (args.threads > 1)}",
+        "title": f"{shape or args.folder.resolve().name + '/'}, {args.dtype}, {args.threads} thread"
+        + "s" * (args.threads > 1),
         "setting": f"{len(prompts)} openings x {args.repeats} rounds, up to {args.max_new_tokens} new tokens, greedy, "
-        "one at a time; medians. `*`: other processes ran in most of its rounds.",
-        "machine": machine(args.folder, args),
+        "one at a time; medians. `*`: other processes ran in most of its rounds. To ours plain: to our fastest plain "
+        "row with the same weights, native or not (where there is none, with any); to llama.cpp, llama2.c and "
+        "CTranslate2: to their fastest row with the same weights, q8_0 counts as int8. "
+        "llama.cpp's cache is float16 in all rows.",
+        "machine": about,
         "rows": rows,
         "prefill": prefill(ids, args) if args.prefill else [],
-        "stages": {"eager": stages(prompts, args, run)},
-        "curve": {"eager": curve(args, run)} if args.curve else {},
-    }
+    } | profiles(prompts, args)
     text = markdown(result)
     print(text)
     if args.out:
