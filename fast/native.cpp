@@ -120,7 +120,6 @@ struct Team {
         round.notify_all();
     }
     void run(std::function<void(int)> what) {
-        if (threads == 1) return what(0);
         job = std::move(what);
         start();
         job(0);
@@ -136,7 +135,6 @@ struct Team {
         }
     }
     void barrier() {
-        if (threads == 1) return;
         int now = phase.load();
         if (arrived.fetch_add(1) + 1 == threads) {
             arrived.store(0);
@@ -157,12 +155,12 @@ struct Team {
 // One thread's part of a job.
 struct Worker {
     Team& team;
-    int id;
+    int id, threads;
     std::vector<float>& scratch;
 
-    void barrier() { team.barrier(); }
-    int64 begin(int64 n) { return n * id / team.threads; }
-    int64 end(int64 n) { return n * (id + 1) / team.threads; }
+    void barrier() { if (threads > 1) team.barrier(); }
+    int64 begin(int64 n) { return n * id / threads; }
+    int64 end(int64 n) { return n * (id + 1) / threads; }
     float* floats(int64 n) {
         if ((int64)scratch.size() < n) scratch.resize(n);
         return scratch.data();
@@ -539,20 +537,41 @@ struct Engine {
     Buffer input, start, drafted;           // of the heads
     std::vector<int64> ids, guesses, path;  // [B, N], [rows of a head, ranks], [B, P]
     double clock[5];
+    double by_itself[65];                   // seconds of a step of each number of nodes on one thread; see `judge`
+    int alone = 0, pause = 16, waited = 0;
 
     explicit Engine(const Model& m) : model(m) { set_threads(1); }
     void set_threads(int threads) {
         team = std::make_unique<Team>(threads);
         scratch.resize(threads);
+        std::fill(by_itself, by_itself + 65, 0);
+        alone = waited = 0, pause = 16;
+    }
+    // A thread that shares its core with something else keeps all others waiting, for milliseconds. Where two steps in a
+    // row took longer than one thread needs, it goes on alone for a while, twice as long each time.
+    void judge(int64 nodes, double seconds) {
+        double& one = by_itself[nodes];
+        if (one == 0) alone = 2;                                                // not known yet
+        if (alone > 0) {
+            one = one == 0 ? 1e9 : std::min(seconds, one * 1.01);               // the context grows
+            alone--;
+            return;
+        }
+        waited = seconds > 1.2 * one ? waited + 1 : 0;
+        pause = std::max(16, pause - (waited == 0));
+        if (waited == 2) waited = 0, alone = pause = std::min(2 * pause, 4096);
     }
     int64 node_stride() const { return 2 * model.kv_heads * node_blocks() * model.head_dim * W; }
     int64 node_blocks() const { return rounded_up(std::max<int64>(T, 1), 4 * W) / W; }
 
     void run(const std::function<void(Worker&)>& job) {
-        team->run([&](int id) {
-            Worker worker{*team, id, scratch[id]};
+        int threads = alone > 0 ? 1 : team->threads;
+        auto work = [&](int id) {
+            Worker worker{*team, id, threads, scratch[id]};
             job(worker);
-        });
+        };
+        if (threads == 1) work(0);
+        else team->run(work);
     }
     void reserve(int64 B, int64 nodes_of_a_row, bool is_tree) {
         rows = B, T = nodes_of_a_row;
@@ -1125,6 +1144,7 @@ void engine_step(Engine* e, State* s, const Heads* heads, const Tree* tree, cons
             commit(*e, *s, P, e->path.data(), N, e->hidden, row, out, count[row], eos);
         clock(4);
     });
+    e->judge(N, e->clock[4] - e->clock[0]);
 }
 
 const float* engine_logits(const Engine* e) { return e->logits; }
