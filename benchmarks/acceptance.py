@@ -1,6 +1,7 @@
 """Acceptance rules against temperature: tokens per step, speed, and what becomes of the text.
 
     python benchmarks/acceptance.py --threads 1                    # the table of docs/acceptance.md
+    python benchmarks/acceptance.py --threads 1 --fast             # the same, decoded by the C++ engine
     python benchmarks/acceptance.py --threads 1 --heads model/medusa-paper --temperatures 0
 
 Rows: `match` (lossless), `match` in the nucleus of top-p 0.8 (the official code's `nucleus`, done losslessly), typical
@@ -26,19 +27,19 @@ sys.path.insert(0, str(ROOT))
 from extras.command_line import command_line, set_threads, threads  # noqa: E402
 from extras.forecast import grow_tree, joint_hits  # noqa: E402
 from extras.tune import own_texts  # noqa: E402
-from llama import Llama  # noqa: E402
+from fast import engines  # noqa: E402
 from loading.tokenizer import Tokenizer  # noqa: E402
 from loading.trees import read_tree  # noqa: E402
-from tinymedusa import Decoder, PlainDecoder, Sampling, Tree, accept  # noqa: E402
+from tinymedusa import Sampling, Tree  # noqa: E402
 from train_heads import evaluate  # noqa: E402
 from variants import batches  # noqa: E402
 from variants.heads import load_heads  # noqa: E402
-from variants.lookup import Lookup, LookupDecoder  # noqa: E402
+from variants.lookup import Lookup  # noqa: E402
 from variants.typical import Typical  # noqa: E402
 
-# name → options of the sampling, the acceptance rule, the decoder
-RULES = {"match": ({}, accept, Decoder), "match, top-p 0.8": ({"top_p": 0.8}, accept, Decoder),
-         "typical": ({}, Typical(0.09, 0.3), Decoder), "prompt lookup": ({}, accept, LookupDecoder)}
+# name → options of the sampling, the acceptance rule if it is not the decoder's own
+RULES = {"match": ({}, None), "match, top-p 0.8": ({"top_p": 0.8}, None), "typical": ({}, Typical(0.09, 0.3)),
+         "prompt lookup": ({}, None)}
 
 
 def decode(decoder, ids, seed, args) -> tuple[list, int, float]:
@@ -91,31 +92,34 @@ def main():
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.3, 0.7, 1.0])
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
     parser.add_argument("--threads", type=threads, default="auto")
+    parser.add_argument("--fast", action="store_true", help="decode with the C++ engine, plain and Medusa")
     args = parser.parse_args()
-    model = Llama.from_pretrained(args.model)
+    model = engines.load(args.model, fast=args.fast)
     folder = Path(args.heads or Path(args.model) / "medusa")
     heads = load_heads(folder, model)
     tokenizer = Tokenizer(args.model, model.config)
     prompts = [tokenizer.encode(o) for o in Path(args.openings).read_text(encoding="utf-8").splitlines()[:args.limit]]
     set_threads(model, args.threads)
     print(f"{folder.name}: {len(prompts)} openings, {args.max_new_tokens} new tokens or to the end of the story, "
-          f"{torch.get_num_threads()} thread(s)\n")
+          f"{torch.get_num_threads()} thread(s), {engines.mode(model)}\n")
     print(f"| temperature | rule | tokens per step at {args.nodes} nodes | nodes of its tree | tokens per step | "
           "Medusa tokens/s | plain tokens/s | speed-up | identical | log-likelihood | distinct 4-grams |\n"
           "|---|---|---|---|---|---|---|---|---|---|---|")
     for temperature in args.temperatures:
-        for rule, (options, acceptance, kind) in RULES.items():
+        for rule, (options, acceptance) in RULES.items():
             if rule not in args.rules or temperature == 0 and rule in ("match, top-p 0.8", "typical"):
                 continue                                                         # all rules are one there
             sampling = Sampling(temperature, **options)
-            if kind is LookupDecoder:
+            if rule == "prompt lookup":
                 drafter, trees = Lookup(model.config), [Tree.from_paths(Lookup.chain)] * 2
             else:
-                paths, _ = read_tree(folder, len(heads), heads.draft_size, mode="cpu", temperature=temperature)
+                mode = engines.mode(model)
+                paths, _ = read_tree(folder, len(heads), heads.draft_size, mode=mode, temperature=temperature)
                 drafter, trees = heads, [grown(model, tokenizer, heads, sampling, args), Tree.from_paths(paths)]
-            at_nodes, drafting = (kind(model, drafter, tree, sampling) for tree in trees)
-            plainly, runs = PlainDecoder(model, sampling), []
-            at_nodes.accept = drafting.accept = acceptance
+            at_nodes, drafting = (engines.decoder(model, drafter, tree, sampling) for tree in trees)
+            plainly, runs = engines.decoder(model, sampling=sampling), []
+            if acceptance:
+                at_nodes.accept = drafting.accept = acceptance
             counted = f"{per_step(at_nodes, prompts, args):.3f}" if drafter is heads else ""
             decode(drafting, prompts[0], 0, args)
             for seed, ids in enumerate(tqdm(prompts, desc=f"{temperature} {rule}", leave=False)):

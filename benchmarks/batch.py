@@ -1,11 +1,13 @@
 """Where does Medusa stop paying? Tokens per second at batch sizes 1 to 32, plain decoding and trees of several sizes.
 
     python benchmarks/batch.py --threads 1                                  # the embedded model
+    python benchmarks/batch.py --threads 1 --fast --name model-fast         # by the C++ engine
     python benchmarks/batch.py --model DIR --trees docs/results/batch-model.json --name 110M --threads 2
 
 Prompts wait for a row as with `generate.py --prompts-file`. Every contestant of a batch size decodes the same prompts,
 in turns, so that what else the machine does hits all alike; medians over the rounds. Trees are grown on the model's own
-texts (as `generate.py --tune` does), or taken from an earlier result. Writes docs/results/batch-NAME.json and .md.
+texts (as `generate.py --tune` does), or taken from an earlier result. Writes docs/results/batch-NAME.json and .md, or
+PREFIX.json and .md with --out PREFIX.
 """
 import argparse
 import os
@@ -24,13 +26,13 @@ sys.path.insert(0, str(ROOT))
 from extras.command_line import command_line, set_threads  # noqa: E402
 from extras.forecast import grow_tree, joint_hits  # noqa: E402
 from extras.tune import own_texts  # noqa: E402
+from fast import engines  # noqa: E402
 from generate import arguments  # noqa: E402
-from llama import Llama  # noqa: E402
 from loading.documents import openings_of  # noqa: E402
 from loading.files import read_json, write_atomic, write_json  # noqa: E402
 from loading.tokenizer import Tokenizer  # noqa: E402
 from loading.trees import check_paths  # noqa: E402
-from tinymedusa import Decoder, PlainDecoder, Tree  # noqa: E402
+from tinymedusa import Tree  # noqa: E402
 from train_heads import evaluate  # noqa: E402
 from variants import batches  # noqa: E402
 from variants.heads import load_heads  # noqa: E402
@@ -70,7 +72,8 @@ def measured(decoders, encoded, batch, args) -> list[dict]:
         low, _, high = statistics.quantiles(speeds) if len(speeds) > 1 else speeds * 3
         same = sum(a == b for a, b in zip(some[0]["texts"], runs[1][0]["texts"], strict=True))
         tokens = sum(map(len, some[0]["texts"]))
-        rows.append({"mode": "eager", "batch": batch, "nodes": nodes, "prompts": len(prompts), "tokens": tokens,
+        rows.append({"mode": "native" if args.fast else "eager", "batch": batch, "nodes": nodes,
+                     "prompts": len(prompts), "tokens": tokens,
                      "tokens_per_second": round(statistics.median(speeds), 1), "quartiles": [round(low), round(high)],
                      "tokens_per_step": round(some[0]["tokens_per_step"], 3), "identical": same,
                      "step_ms": round(1000 * tokens / statistics.median(speeds) / some[0]["steps"], 3)})
@@ -115,18 +118,21 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fast", action="store_true", help="decode with the C++ engine, plain and Medusa")
+    parser.add_argument("--out", metavar="PREFIX")
     args = parser.parse_args()
-    model = Llama.from_pretrained(args.model)
+    model = engines.load(args.model, fast=args.fast)
+    args.fast = engines.mode(model) == "cpu fast"                               # it may not be there
     heads, tokenizer = load_heads(f"{args.model}/medusa", model), Tokenizer(args.model, model.config)
     sizes = sorted(set(args.nodes))
     trees = {int(n): paths for n, paths in read_json(args.trees)["trees"].items()} if args.trees else \
         grown(model, tokenizer, heads, sizes, args.tune)
     trees = {1: []} | {n: check_paths(trees[n], len(heads), heads.draft_size) for n in sizes}
-    decoders = {n: Decoder(model, heads, Tree.from_paths(paths)) if paths else PlainDecoder(model)
+    decoders = {n: engines.decoder(model, heads, Tree.from_paths(paths)) if paths else engines.decoder(model)
                 for n, paths in trees.items()}
     encoded = tokenizer.encode_batch(openings_of(ROOT / "benchmarks" / "openings.txt"))
     set_threads(model, args.threads)
-    out = ROOT / "docs" / "results" / f"batch-{args.name}"
+    out = Path(args.out or ROOT / "docs" / "results" / f"batch-{args.name}")
     result = {"title": f"{args.name}, {args.threads} thread{'s' * (args.threads > 1)}, batches",
               "command": " ".join(["python", "benchmarks/batch.py", *(Path(a).name if a.startswith("/") else a
                                                                       for a in sys.argv[1:])]),
@@ -135,8 +141,8 @@ def main():
               "trees": trees, "rows": []}
     for batch in args.batch_sizes:
         result["rows"] += measured(decoders, encoded, batch, args)
-        write_json(out.with_suffix(".json"), result)
-        write_atomic(out.with_suffix(".md"), lambda path: path.write_text(table(result), encoding="utf-8"))
+        write_json(Path(f"{out}.json"), result)
+        write_atomic(Path(f"{out}.md"), lambda path: path.write_text(table(result), encoding="utf-8"))
     print(table(result))
 
 

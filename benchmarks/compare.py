@@ -875,7 +875,7 @@ def profiles(prompts: list, args) -> dict:
 
 def row_name(row: dict) -> str:
     own = "nodes" in row and row["options"].get("medusa") == "own"
-    return row["row"] + f" ({row['nodes']} nodes)" * own
+    return f"{row['row']} ({row['nodes']} nodes)" if own else row["row"]
 
 
 def markdown(result: dict) -> str:
@@ -976,7 +976,9 @@ def figure(result: dict, path) -> None:
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="a model folder, heads in its medusa/, or a padded shape, or smollm2")
-    parser.add_argument("--rows", action="append", help="only rows whose name is or contains this; may be repeated")
+    parser.add_argument(
+        "--rows", action="append", help="only this row, or rows whose names contain this; may be repeated"
+    )
     parser.add_argument("--prompts", type=int, default=4, help="openings of benchmarks/openings.txt")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -1046,13 +1048,14 @@ def main():
         "rows": rows,
         "prefill": prefill(ids, args) if args.prefill else [],
     } | profiles(prompts, args)
-    text = markdown(result)
-    print(text)
     if args.out:
         for row in rows:
             for run in row["runs"]:
                 run["tokens"] = len(run.get("tokens", ()))
         Path(args.out + ".json").write_text(json.dumps(result) + "\n")
+    text = markdown(result)
+    print(text)
+    if args.out:
         Path(args.out + ".md").write_text(text)
         figure(result, args.out + ".png")
 

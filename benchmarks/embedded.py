@@ -2,6 +2,7 @@
 
     python benchmarks/embedded.py                        # tokens per step and speed over 100 held-out openings
     python benchmarks/embedded.py --temperature 0.8
+    python benchmarks/embedded.py --fast                           # decoded by the C++ engine
     python benchmarks/embedded.py --valid held-out.txt             # the held-out loss and bits per byte as well
 
 Plain decoding and Medusa alternate on each opening (one stream, one run each, both warmed up), so the speed-up is a
@@ -21,12 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from extras.command_line import command_line, set_threads, threads  # noqa: E402
 from extras.compare import margin, noise_at  # noqa: E402
-from llama import Llama  # noqa: E402
+from fast import engines  # noqa: E402
 from loading.documents import texts  # noqa: E402
 from loading.tokenizer import Tokenizer  # noqa: E402
 from loading.trees import published_tree, read_tree  # noqa: E402
 from prepare_data import tokenised  # noqa: E402
-from tinymedusa import Decoder, PlainDecoder, Sampling, Tree  # noqa: E402
+from tinymedusa import Sampling, Tree  # noqa: E402
 from variants.heads import load_heads  # noqa: E402
 
 
@@ -71,22 +72,25 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=threads, default="auto")
+    parser.add_argument("--fast", action="store_true", help="decode with the C++ engine, plain and Medusa")
     parser.add_argument("--valid", metavar="FILE")
     args = parser.parse_args()
-    model = Llama.from_pretrained(args.model)
+    model = engines.load(args.model, fast=args.fast)
     folder = Path(args.heads or Path(args.model) / "medusa")
     heads = load_heads(folder, model)
     if args.published:
         paths = published_tree(len(heads), args.published)
         tree_source = str(paths)
     else:
-        paths, tree_source = read_tree(folder, len(heads), heads.draft_size, mode="cpu", temperature=args.temperature)
+        paths, tree_source = read_tree(folder, len(heads), heads.draft_size, mode=engines.mode(model),
+                                       temperature=args.temperature)
     tree, sampling, tokenizer = Tree.from_paths(paths), Sampling(args.temperature), Tokenizer(args.model, model.config)
-    plainly, drafting = PlainDecoder(model, sampling), Decoder(model, heads, tree, sampling)
+    plainly = engines.decoder(model, sampling=sampling)
+    drafting = engines.decoder(model, heads, tree, sampling)
     set_threads(model, args.threads)
     kind, size = getattr(heads, "kind", "medusa"), sum(p.numel() for p in heads.parameters())
-    print(f"{torch.get_num_threads()} thread(s), temperature {args.temperature}, {args.max_new_tokens} new tokens or "
-          f"to the end of the story, {kind} heads, {size} parameters, tree of "
+    print(f"{engines.mode(model)}, {torch.get_num_threads()} thread(s), temperature {args.temperature}, "
+          f"{args.max_new_tokens} new tokens or to the end of the story, {kind} heads, {size} parameters, tree of "
           f"{len(tree.paths)} nodes (root included), {tree_source}")
     if args.valid:
         print(" ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}"

@@ -130,6 +130,8 @@ class NativeLlama(nn.Module):
         """pieces: (name, rows, values) of all parameters; dtype: what they are kept in, quantized: 8 bits for all but
         the embeddings. Unavailable: no engine, or not for this shape."""
         super().__init__()
+        if dtype not in KINDS:
+            raise Unavailable(f"the C++ step has no {str(dtype).removeprefix('torch.')}")
         if config.head_dim > WIDEST_HEAD:
             raise Unavailable(f"head_dim is {config.head_dim}, the C++ step's limit is {WIDEST_HEAD}")
         self.config, self.lib, self.matrices, self.vectors = config, engine(), {}, {}
@@ -200,13 +202,16 @@ class NativeLlama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, dtype=None, revision=None, quantized: bool = False) -> "NativeLlama":
-        """As Llama.from_pretrained, packed straight from the files; dtype None: the checkpoint's own."""
+        """As Llama.from_pretrained, packed straight from the files; dtype None: the checkpoint's own 16 bits, or
+        float32."""
         files = checkpoint.find(name_or_path, revision)
         config = LlamaConfig.from_dict(files.config)
         with torch.device("meta"):
             parameters = dict(Llama(config).named_parameters())
         files.check(parameters)
-        return cls(config, files.read(parameters), dtype or checkpoint.TORCH_DTYPES[config.dtype], quantized)
+        stored = checkpoint.TORCH_DTYPES[config.dtype]
+        own = stored if stored in KINDS else torch.float32
+        return cls(config, files.read(parameters), dtype or own, quantized)
 
     @classmethod
     def from_model(cls, model: Llama, dtype=None, quantized: bool = False) -> "NativeLlama":

@@ -36,6 +36,7 @@ TRIED = {
     "--quantize": ["--quantize int8"],
     "--device": ["--device cpu", "--device nowhere"],
     "--threads": ["--threads auto"],
+    "--fast": ["--fast"],
     "--compile": ["--compile"],
     "--compare": ["--compare"],
     "--profile": ["--profile"],
@@ -52,8 +53,9 @@ REFUSED = {
     "--heads {}/nowhere": "nowhere is not a folder", "--batch-size 2": "--batch-size needs --prompts-file (or --tune)",
     "--samples 2": "add --temperature",
     "--seed 9223372036854775808": "--seed: '9223372036854775808' is not a whole number",
-    "--device nowhere": "--device: 'nowhere' can't be used here", "--compile": "--compile is gone; --fast will come",
+    "--device nowhere": "--device: 'nowhere' can't be used here", "--compile": "--compile is gone: give --fast",
     "--system S": "--system needs a chat model", "--tree {}/nowhere.json": "can't read the tree"}
+FAST_REFUSED = dict.fromkeys(TRIED["--explain"] + TRIED["--trace"], "--fast does not go with --")
 PLAIN_REFUSED = {
     **dict.fromkeys(TRIED["--tree"] + TRIED["--tune"], "needs heads: give --heads FOLDER"),
     **dict.fromkeys(TRIED["--explain"], "--explain shows trees, and this is plain decoding: give --heads")}
@@ -101,7 +103,7 @@ def written(arguments: str, out: str, medusa: bool):
         return None
     results = [json.loads(line) for line in out.splitlines()]
     if "--tune" in arguments:
-        assert [r["mode"] for r in results] == ["cpu batch 2" if "--batch-size" in arguments else "cpu"]
+        assert [r["mode"].replace(" fast", "") for r in results] == ["cpu batch 2" if "--batch-size" in arguments else "cpu"]
         return None
     for result in results:
         assert ("tree" in result) == medusa
@@ -111,19 +113,20 @@ def written(arguments: str, out: str, medusa: bool):
     return [(r["prompt"], r["token_ids"], r["text"]) for r in results]
 
 
-@pytest.mark.parametrize("quantize", [[], ["--quantize", "int8"]], ids=["full precision", "int8"])
-def test_every_option_works_or_is_refused_in_one_line(quantize, folder, cli, monkeypatch):
+@pytest.mark.parametrize("mode", [[], ["--quantize", "int8"], ["--fast"], ["--fast", "--quantize", "int8"]], ids=str)
+def test_every_option_works_or_is_refused_in_one_line(mode, folder, cli, monkeypatch):
     plain = {}                                          # arguments → what plain decoding writes
     for heads in ("none", "lookup", *KINDS):
-        for arguments in chain.from_iterable(some[:1] if quantize else some for some in TRIED.values()):
+        for arguments in chain.from_iterable(some[:1] if "int8" in mode else some for some in TRIED.values()):
             monkeypatch.setattr("builtins.input", one_message())
             at_first = ["--model", folder, "--heads", folder / heads if heads in KINDS else heads, "--threads", 1,
-                        "--max-new-tokens", 6, *quantize]
+                        "--max-new-tokens", 6, *mode]
             if not {"--interactive", "--explain"} & set(arguments.split()):
                 at_first.append("--json")
             status, out, err = cli("generate", *at_first, *arguments.format(*[folder] * 2).split())
             case = f"{heads} {arguments}: {err}"
-            refused = {"none": PLAIN_REFUSED, "lookup": LOOKUP_REFUSED}.get(heads, {}).get(arguments) \
+            refused = (FAST_REFUSED.get(arguments) if "--fast" in mode else None) \
+                or {"none": PLAIN_REFUSED, "lookup": LOOKUP_REFUSED}.get(heads, {}).get(arguments) \
                 or REFUSED.get(arguments)
             if refused:
                 assert (status, out, err.count("\n")) == (2, "", 1) and refused in err, case
@@ -165,7 +168,7 @@ def test_options_that_make_no_sense_together(folder, cli):
 
 
 @pytest.mark.parametrize("more", [[], ["--heads", "none"], ["--prompts-file", "p.txt"], ["--interactive"]], ids=str)
-def test_compile_is_refused_and_says_what_comes_instead(more, tiny_folder, cli):
+def test_compile_is_refused_and_says_what_there_is(more, tiny_folder, cli):
     status, out, err = cli("generate", "--model", tiny_folder, "--compile", *more)
     assert (status, out) == (2, "") and err == \
-        "generate.py: --compile is gone; --fast will come with the native step: leave --compile out\n"
+        "generate.py: --compile is gone: give --fast\n"

@@ -74,10 +74,6 @@ def text(decoder, prompt, seed=0, new_tokens=40):
     return [t for new in steps for t in new[0]], len(steps) - 1
 
 
-def test_every_file_of_the_room_is_tested_here():
-    assert {file.stem for file in (ROOT / "fast").glob("*.py")} == {name.split(".")[0] for name in REPLACEMENTS}
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("replacement", REPLACEMENTS)
 def test_a_replacement_is_the_plain_model_with_rounded_weights(replacement, name, tmp_path):

@@ -9,7 +9,7 @@ from llama import LlamaConfig
 from loading.trees import check_paths
 from tinymedusa import GREEDY, PlainDecoder, Sampling, Tree
 from variants import batches
-from variants.lookup import LONGEST, Lookup, LookupDecoder, read_ids
+from variants.lookup import LONGEST, Lookup, LookupDecoder, ids_layer, read_ids
 
 
 def slow_chain(text, drafts):
@@ -44,7 +44,7 @@ def test_drafts_continue_the_longest_earlier_match(dtype, vocab_size):
         state, out, _ = decoder.start(prompts, 60, range(12), cache)
         texts = [p + [int(t)] for p, t in zip(prompts, out[:, 0], strict=True)]
         for _ in range(6):
-            kept = read_ids(state.cache)
+            kept = read_ids(ids_layer(state.cache, decoder.heads.slot_size))
             for row, text in enumerate(texts):
                 assert kept[row, :len(text) - 1].tolist() == text[:-1]
             drafted, _ = decoder.draft(state)
