@@ -1,15 +1,14 @@
-// The whole decoding step on a CPU, as in tinymedusa.py: draft, verify, accept, commit. fast/native.py builds and calls it.
+// The whole decoding step on a CPU, as in tinymedusa.py: draft, verify, accept, commit. Built and called by native.py.
 //
-// What every function here keeps to: a number depends on its row's own tokens, never on the shape of the work. An output of
-// a product is one running sum over the inputs in their order; attention adds the slots of a lane in their order. Threads
-// share out outputs, heads and rows, never a sum. So the logits of a node are equal in every bit to those of a plain step
-// at its place, whatever tree, chunk, batch or number of threads computes it, and Medusa's tokens are plain decoding's.
+// What every function here keeps to: a number depends on its row's own tokens, never on the shape of the work. An output
+// of a product is one running sum over the inputs in their order; attention adds the slots of a lane in their order;
+// threads share out outputs, heads and rows, never a sum. So the logits of a node are equal in every bit to those of a
+// plain step at its place, whatever tree, chunk, batch or number of threads computes it, and Medusa's tokens are plain
+// decoding's. Weights stay in the checkpoint's own 16 bits (or 32, or 8) and are multiplied in float32.
 //
-// Weights stay in the checkpoint's own 16 bits (or 8, or 32) and are multiplied in float32.
-//
-// Shapes: B rows, T new tokens of each ("nodes"), R = B T, K heads; H hidden size, I intermediate size, V vocabulary size,
-//         A attention heads, G key/value heads, D head_dim, L layers, P path length; W numbers in a vector (and slots in a
-//         block of the cache). Row-major everywhere.
+// Shapes: B rows, T new tokens of each ("nodes"), R = B T, K heads; H hidden size, V vocabulary size, L layers,
+//         A attention heads, G key/value heads, D head_dim, P path length; W numbers in a vector, and slots in a block
+//         of the cache. Row-major everywhere.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -75,7 +74,8 @@ static inline bool any(Ints mask) {
     return found;
 }
 
-static inline Vector exp(Vector x) {    // exactly 0 below -87: what is masked weighs nothing (within 2 ulp; Cephes' expf)
+// Within 2 ulp (Cephes' expf), and exactly 0 below -87: what is masked weighs nothing.
+static inline Vector exp(Vector x) {
     Vector clamped = x < -87.0f ? all(-87.0f) : x > 88.0f ? all(88.0f) : x;
     Vector n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;             // rounded to a whole number
     Vector r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
@@ -86,7 +86,8 @@ static inline Vector exp(Vector x) {    // exactly 0 below -87: what is masked w
     return x < -87.0f ? Vector{} : y;
 }
 
-static inline Vector log(Vector x) {    // of normal positive numbers (within 2 ulp; Cephes' logf)
+// Of normal positive numbers, within 2 ulp (Cephes' logf).
+static inline Vector log(Vector x) {
     Bits bits = (Bits)x;
     Bits big = (Bits)((bits & 0x7fffff) > 0x3504f3);                            // a mantissa above sqrt 2: halve it
     Vector n = __builtin_convertvector((Ints)((bits >> 23) - 127 - big), Vector);
@@ -99,8 +100,8 @@ static inline Vector log(Vector x) {    // of normal positive numbers (within 2 
 }
 
 // ------------------------------------------------------------------------------------------------------------ threads
-// The threads of an engine: `run` lets all of them do one job, `barrier` inside it waits for all. They spin for a moment,
-// since the next phase is microseconds away, then let others work, then sleep.
+// The threads of an engine: `run` lets all of them do one job, `barrier` inside it waits for all. They spin for a
+// moment, since the next phase is microseconds away, then let others work, then sleep.
 struct Team {
     int threads;
     std::vector<std::thread> others;
@@ -187,7 +188,9 @@ struct Matrix {                             // y = W x + bias; as in native.py
     int64 bytes_per_input() const { return PANEL * (kind == FLOAT32 ? 4 : kind == INT8 ? 1 : 2); }
     int64 bytes() const { return panels() * bytes_per_input() * stored_inputs(); }
     // of a panel in the block whose first input this is, a multiple of INPUTS
-    int64 panel_bytes(int64 first) const { return bytes_per_input() * std::min<int64>(INPUTS, stored_inputs() - first); }
+    int64 panel_bytes(int64 first) const {
+        return bytes_per_input() * std::min<int64>(INPUTS, stored_inputs() - first);
+    }
     char* panel(int64 number, int64 first) const {
         return data + panels() * bytes_per_input() * first + number * panel_bytes(first);
     }
@@ -241,8 +244,8 @@ static void tile(const float* x, const char* w, int64 panel_bytes, int n, float*
                 if (m < rows) store(y + m * width + q * PANEL + half * W, total[m][q][half]);
 }
 
-// In 8 bits, weights are whole numbers from 0 to 255, 128 above their value, and the inputs of a block whole multiples of
-// a step of the row's own, in two digits of 8 bits: 16 bits of what is largest there. Sums of their products are exact.
+// In 8 bits, weights are whole numbers from 0 to 255, 128 above their value, and the inputs of a block are whole
+// multiples of a step of the row's own, in two digits of 8 bits. Sums of their products are exact.
 struct Digits {                             // of the inputs of a tile of M rows
     float step[8];
     int32_t start[8][2];                    // -128 times the sum of a digit over the inputs
@@ -289,8 +292,8 @@ static void tile_of_digits(const Digits& x, const char* w, int n, float* y, int6
 // Rows of a tile: as many sums as registers can hold beside weights and inputs; 5 rows are computed as 6, 7 as 8.
 constexpr int most_rows(int64 kind) { return kind == INT8 ? (REGISTERS == 32 ? 6 : 3) : REGISTERS == 32 ? 8 : 6; }
 constexpr int tile_rows(int rows) { return rows <= 4 ? rows : rows <= 6 ? 6 : 8; }
-// Panels at once: memory is read fastest from end to end, one panel after the other; in the cache, few rows have too few
-// sums to keep the multipliers busy.
+// Panels at once: memory is read fastest from end to end, one panel after the other; in the cache, few rows have too
+// few sums to keep the multipliers busy.
 constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
 // Panels [begin, end) of a matrix for a tile of `rows` rows.
@@ -305,7 +308,8 @@ static void panels(const float* x, const Matrix& m, int64 begin, int64 end, int6
 }
 
 template <int M>
-static void panels_of_digits(const float* x, const Matrix& m, int64 begin, int64 end, int64 input, int n, float* y, int rows) {
+static void panels_of_digits(const float* x, const Matrix& m, int64 begin, int64 end, int64 input, int n, float* y,
+                             int rows) {
     for (int64 p = begin; p < end; p++)
         tile_of_digits<M>(*(const Digits*)x, m.panel(p, input), n, y + p * PANEL, m.width(), rows, input == 0);
 }
@@ -430,7 +434,7 @@ static void product(Worker& worker, Input in, int64 rows, std::initializer_list<
     }
 }
 
-// Rows [first, first + rows) of a matrix into its panels, from row-major `source` of float32 or of the kind's own 16 bits.
+// Rows [first, first + rows) of a matrix into its panels, from row-major float32 or the kind's own 16 bits.
 static void pack(Matrix& m, int64 first, int64 rows, const void* source) {
     for (int64 r = 0; r < rows; r++) {
         int64 o = first + r, half = o % PANEL / W, lane = o % W;
@@ -467,10 +471,12 @@ static void unpacked_row(const Matrix& m, int64 o, float* to) {
     int64 half = o % PANEL / W, lane = o % W;
     for (int64 first = 0; first < m.inputs; first += INPUTS) {
         const char* panel = m.panel(o / PANEL, first);
-        for (int64 j = 0; j < std::min<int64>(INPUTS, m.inputs - first); j++)
-            if (m.kind == INT8)
-                to[first + j] = ((uint8_t)panel[((j / 4 * 2 + half) * W + lane) * 4 + j % 4] - 128) * m.scale[o];
-            else to[first + j] = widened(m.kind, panel, m.kind == FLOAT32 ? j * PANEL + half * W + lane : (j * W + lane) * 2 + half);
+        for (int64 j = 0; j < std::min<int64>(INPUTS, m.inputs - first); j++) {
+            float& value = to[first + j];
+            if (m.kind == FLOAT32) value = ((const float*)panel)[j * PANEL + half * W + lane];
+            else if (m.kind != INT8) value = widened(m.kind, panel, (j * W + lane) * 2 + half);
+            else value = ((uint8_t)panel[((j / 4 * 2 + half) * W + lane) * 4 + j % 4] - 128) * m.scale[o];
+        }
     }
 }
 
@@ -494,7 +500,9 @@ struct Model {
 };
 struct Block { Matrix up, down; };          // x + down(silu(up z)), or without `down` x + silu(up z)
 struct Heads {
-    int64 count, layers, recent, seen, trunk_width, draft_size;     // seen 0: no token, 1: the root, 2: Hydra, all before
+    int64 count, layers, recent;
+    int64 seen;                             // tokens: 0: none, 1: the root, 2: all before the guess (Hydra)
+    int64 trunk_width, draft_size;
     Block trunk;
     const Block* block;                     // [count, layers]
     const Matrix* vocabulary;               // [count]
@@ -547,8 +555,8 @@ struct Engine {
         std::fill(by_itself, by_itself + 65, 0);
         alone = waited = 0, pause = 16;
     }
-    // A thread that shares its core with something else keeps all others waiting, for milliseconds. Where two steps in a
-    // row took longer than one thread needs, it goes on alone for a while, twice as long each time.
+    // A thread that shares its core with something else keeps all others waiting, for milliseconds. Where two steps in
+    // a row took longer than one thread needs, it goes on alone for a while, twice as long each time.
     void judge(int64 nodes, double seconds) {
         double& one = by_itself[nodes];
         if (one == 0) alone = 2;                                                // not known yet
@@ -622,7 +630,8 @@ static void scores(const float* const* query, const float* keys, int64 blocks, i
 
 // Dimensions [d, d + N) of the sums of values, weighted, lane by lane: out [R, D W].
 template <int R, int N>
-static void weighted(const float* weights, int64 stride, const float* values, int64 blocks, int64 D, int64 d, float* out) {
+static void weighted(const float* weights, int64 stride, const float* values, int64 blocks, int64 D, int64 d,
+                     float* out) {
     Vector total[R][N] = {};
     for (int64 block = 0; block < blocks; block++)
         for (int n = 0; n < N; n++) {
@@ -648,7 +657,8 @@ static float softmax(float* w, int64 n) {
 
 // R nodes of a row, from `node` on, one attention head.
 template <int R>
-static void attend(Engine& e, State& s, const Tree* tree, float* scratch, int64 layer, int64 row, int64 node, int64 head) {
+static void attend(Engine& e, State& s, const Tree* tree, float* scratch, int64 layer, int64 row, int64 node,
+                   int64 head) {
     int64 D = e.model.head_dim, A = e.model.heads, g = head / (A / e.model.kv_heads);
     bool chain = !tree;
     Slots cache = cache_of(e, s, layer, row);
@@ -893,7 +903,8 @@ static int64 sample(const float* logits, int64 n, const Sampling& s, uint64 key)
         std::sort(kept.begin(), end, more_likely);
         double before = 0;
         int64 count = 0;
-        for (; count < end - kept.begin() && before < s.top_p * total; count++) before += std::exp((double)kept[count].z);
+        for (; count < end - kept.begin() && before < s.top_p * total; count++)
+            before += std::exp((double)kept[count].z);
         kept.resize(std::max<int64>(count, 1));
     }
     std::sort(kept.begin(), kept.end(), [](const Token& a, const Token& b) { return a.id < b.id; });
@@ -927,13 +938,13 @@ static void block(Worker& worker, Engine& e, const Block& b, float* x, const flo
     worker.barrier();
 }
 
-// Candidates for every node: ids [B, N], the root first. Head k guesses what the nodes of depth k - 1 will sample, so it
-// ranks with their position's noise. Hydra's sees the drafts before its guess and runs once for each of those nodes.
+// Candidates for every node: ids [B, N], the root first. Head k guesses what the nodes of depth k - 1 will sample, so
+// it ranks with their position's noise. Hydra's sees the drafts before its guess and runs once for each of those nodes.
 static void draft(Worker& worker, Engine& e, State& s, const Heads& h, const Tree& tree, const Sampling& sampling) {
     const Model& m = e.model;
     int64 B = s.rows, N = tree.nodes, H = m.hidden, K = h.count, ranks = 1;
     bool trunk = h.trunk_width > 0;
-    int64 first = trunk ? 1 : 0, context = h.recent * H;                        // tokens from `first` on go to the heads
+    int64 first = trunk ? 1 : 0, context = h.recent * H;    // tokens from `first` on go to the heads
     int64 root_size = trunk && h.seen ? H : 0, most_inputs = std::max(context + H, H) + tree.deepest * H;
     for (int64 n = 1; n < N; n++) ranks = std::max(ranks, tree.rank[n] + 1);
     if (worker.id == 0) {
@@ -941,7 +952,8 @@ static void draft(Worker& worker, Engine& e, State& s, const Heads& h, const Tre
         e.guesses.assign(B * N * ranks, 0);
         int64 wide = std::max<int64>(trunk ? h.trunk.up.width() : 0, h.block[0].up.width());
         e.up.fit(B * N * wide), e.y.fit(B * N * std::max(H + PANEL, trunk ? h.trunk.down.width() : 0));
-        e.input.fit(B * N * most_inputs), e.start.fit(B * (2 * N + K) * H), e.drafted.fit(B * N * h.vocabulary[0].width());
+        e.input.fit(B * N * most_inputs), e.start.fit(B * (2 * N + K) * H);
+        e.drafted.fit(B * N * h.vocabulary[0].width());
         for (int64 b = 0; b < B; b++) e.ids[b * N] = s.token[b];
     }
     worker.barrier();
@@ -971,9 +983,10 @@ static void draft(Worker& worker, Engine& e, State& s, const Heads& h, const Tre
         for (int64 r = worker.begin(rows); r < worker.end(rows); r++) {
             int64 b = r / M, node = parents[r % M];
             float* z = input + r * inputs;
-            const float* newest = trunk ? context_x + (b * K + k - 1) * H : s.recent_hidden + (b * h.recent + h.recent - 1) * H;
+            const float* recent = s.recent_hidden + b * context;
+            const float* newest = trunk ? context_x + (b * K + k - 1) * H : recent + context - H;
             memcpy(x + r * H, newest, H * sizeof(float));
-            memcpy(z, trunk ? newest : s.recent_hidden + b * context, size * sizeof(float));
+            memcpy(z, trunk ? newest : recent, size * sizeof(float));
             if (tokens) embed_scaled(m, e.ids[b * N + node], known + (b * N + node) * H);
             for (int64 t = tokens; t > 0; t--) {                                // from the parent back towards the root
                 memcpy(z + size + (t - 1) * H, known + (b * N + node) * H, H * sizeof(float));
@@ -992,7 +1005,8 @@ static void draft(Worker& worker, Engine& e, State& s, const Heads& h, const Tre
             uint64 key = noise_key(s.seed[b], s.emitted[b] + k - 1);
             int64 wanted = std::min(ranks, h.draft_size);
             best.find(logits + r * vocabulary.width(), h.draft_size, wanted, sampling.temperature, key, h.token_map);
-            for (int64 i = 0; i < wanted; i++) e.guesses[r * ranks + i] = h.token_map ? h.token_map[best.id[i]] : best.id[i];
+            for (int64 i = 0; i < wanted; i++)
+                e.guesses[r * ranks + i] = h.token_map ? h.token_map[best.id[i]] : best.id[i];
         }
         worker.barrier();
         for (int64 b = 0; worker.id == 0 && b < B; b++)
@@ -1006,7 +1020,8 @@ static void draft(Worker& worker, Engine& e, State& s, const Heads& h, const Tre
 
 // --------------------------------------------------------------------------------------------------- accept and commit
 // The longest path on which every draft is the token sampled at its parent: path and out [B, P], count [B].
-static void accept(Engine& e, State& s, const Tree& tree, const Sampling& sampling, int64 row, int64* out, int64* count) {
+static void accept(Engine& e, State& s, const Tree& tree, const Sampling& sampling, int64 row, int64* out,
+                   int64* count) {
     int64 P = tree.deepest + 1, N = tree.nodes, node = 0, depth = 0;
     const Matrix& head = e.model.lm_head;
     for (;; depth++) {
@@ -1060,7 +1075,9 @@ static void commit(Engine& e, State& s, int64 P, const int64* path, int64 T, con
 }
 
 // ---------------------------------------------------------------------------------------------------------- interface
-static double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+static double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 extern "C" {
 int64 engine_lanes() { return W; }
