@@ -12,7 +12,7 @@ from loading.config import DTYPES, read_config, to_json
 from loading.files import UserError, locate, read_json, write_json, write_tensors
 
 HEADS_INSIDE = "medusa_head."       # how the names begin of heads in the model's own file, as Medusa 1.0 writes them
-READ_AT_ONCE = 2 ** 24              # bytes that are read of a mapped file before it is opened anew
+READ_AT_ONCE = 2 ** 23              # bytes that are read of a mapped file before it is opened anew
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 FLOATS = ("F64", "F32", "F16", "BF16", *TORCH_DTYPES.values())      # as safetensors names them, and torch
 
