@@ -18,6 +18,7 @@ Medusa row has the tree that promises the most tokens per second for its weights
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -57,8 +58,8 @@ ROWS = {
     "transformers, dynamic cache": ("transformers", {}, None),
     "transformers, prompt lookup": ("transformers", {"prompt_lookup_num_tokens": 10}, None),
     "transformers, static cache, compiled": ("transformers_static", {}, None),
-    "llama.cpp": ("llama_cpp", {}, "f32"),
-    "llama.cpp, no flash attention": ("llama_cpp_no_flash", {}, "f32"),
+    "llama.cpp f32": ("llama_cpp", {}, "f32"),
+    "llama.cpp f32, no flash attention": ("llama_cpp_no_flash", {}, "f32"),
     "llama.cpp bf16 (lossy cache)": ("llama_cpp_bf16", {}, "bf16"),
     "llama.cpp q8_0 (lossy)": ("llama_cpp_q8", {}, "int8"),
     "CTranslate2": ("ctranslate2", {}, None),
@@ -70,8 +71,8 @@ PREFILL = (
     "ours, plain, native f32",
     "ours, plain, native bf16",
     "transformers, dynamic cache",
-    "llama.cpp",
-    "llama.cpp, no flash attention",
+    "llama.cpp f32",
+    "llama.cpp f32, no flash attention",
     "llama.cpp bf16 (lossy cache)",
     "CTranslate2",
 )
@@ -176,12 +177,13 @@ def known_hits(folder) -> dict:
     from loading.files import read_json
     from loading.trees import by_temperature
 
-    hits, own = {}, read_json(folder / "medusa" / "tree.json") if (folder / "medusa" / "tree.json").exists() else {}
-    base, tree = read_json(folder / "medusa" / "config.json").get("base_model_name_or_path"), own
-    if str(base).startswith("padded "):
-        tree = read_json(ROOT / "model" / "medusa" / "tree.json")
-        if sorted(tree["paths"]) != sorted(own["paths"]):
-            raise ValueError("padded from other heads than model/ has now: write it anew, or give --tree")
+    hits, heads, embedded = {}, folder / "medusa", ROOT / "model" / "medusa"
+    if str(read_json(heads / "config.json").get("base_model_name_or_path")).startswith("padded "):
+        written = lambda path: (path / "model.safetensors").stat().st_mtime
+        if written(heads) < written(embedded):
+            raise ValueError("padded before the heads in model/ were written: pad them anew, or give --tree")
+        heads = embedded
+    tree = read_json(heads / "tree.json") if (heads / "tree.json").exists() else {}
     for entry in (tree, *tree.get("modes", {}).values()):
         greedy = by_temperature(entry).get(0.0, {})
         hits |= zip(map(tuple, greedy.get("paths", ())), greedy.get("hits", ()), strict=False)
@@ -536,7 +538,8 @@ def work(args) -> None:
         try:
             tokens, steps, *own = run(request["ids"], **request["options"])
         except Exception as error:
-            say(refused=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}")
+            name = "" if type(error).__name__ == "UserError" else f"{type(error).__name__}: "
+            say(refused=f"{name}{str(error).strip().splitlines()[0][:200] if str(error) else ''}")
             continue
         wall = time.perf_counter() - begin
         total, mine = (b - a for a, b in zip(cpu, cpu_seconds(), strict=True))
@@ -600,12 +603,14 @@ class Worker:
         return {"refused": "died: " + (self.log.read().strip().splitlines() or ["without a word"])[-1][:200]}
 
     def ask(self, ids, options) -> dict:
-        self.process.stdin.write(json.dumps({"ids": ids, "options": options}) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # `read` tells why
+            self.process.stdin.write(json.dumps({"ids": ids, "options": options}) + "\n")
+            self.process.stdin.flush()
         return self.read()
 
     def close(self) -> None:
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -642,7 +647,7 @@ def contest(prompts: list, args, names=tuple(ROWS)) -> list[dict]:
     alive = [row for row in rows if row["refused"] is None]
     for _ in tqdm(range(args.repeats), desc="rounds"):
         for i, ids in enumerate(prompts):
-            for row in alive:
+            for row in [row for row in alive if row["refused"] is None]:
                 for _ in range(3):  # again while something else ran; a pause, since idle threads spin for a while
                     time.sleep(0.25)
                     run = workers[row["worker"]].ask(ids, row["options"])
@@ -650,6 +655,8 @@ def contest(prompts: list, args, names=tuple(ROWS)) -> list[dict]:
                         break
                 run.pop("about", None)
                 row["runs"].append({"prompt": i} | run)
+                if "refused" in run:  # it failed only now
+                    row |= {"refused": run["refused"], "runs": []}
     for worker in workers.values():
         worker.close()
     return rows
@@ -663,10 +670,13 @@ def choice(row: dict) -> str:
     return f", a tree of {row['nodes']} nodes" + f" (tokens/s expected by nodes: {others})" * bool(others)
 
 
-def summary(rows: list) -> None:
-    """Adds to each row what the table shows."""
+def summary(rows: list) -> str:
+    """Adds to each row what the table shows. The row whose tokens all others are compared with: a plain one of ours in
+    float32 where there is one."""
     finished = [row for row in rows if row["runs"]]
-    reference = {run["prompt"]: run["tokens"] for row in finished[:1] for run in row["runs"]}
+    exact = [row for row in finished if row["row"].startswith("ours, plain") and row["precision"] == "f32"]
+    same_as = (exact or finished)[:1]
+    reference = {run["prompt"]: run["tokens"] for row in same_as for run in row["runs"]}
     speed = lambda row: statistics.median(len(r["tokens"]) / r["seconds"] for r in row["runs"])
     for row in finished:
         runs = row["runs"]
@@ -698,7 +708,10 @@ def summary(rows: list) -> None:
                 row[ratio] = round(speed(row) / max(map(speed, others)), 2)
         for plain in finished:
             if plain["worker"] == row["worker"] and plain["row"].startswith("ours, plain"):
+                own = {run["prompt"]: run["tokens"] for run in plain["runs"]}
                 row["to_own_plain"] = round(speed(row) / speed(plain), 2)
+                row["identical_to_own_plain"] = sum(r["tokens"] == own[r["prompt"]] for r in runs)
+    return same_as[0]["row"] if same_as else "none"
 
 
 def fastest_read(size: int, rounds: int = 20) -> tuple[float, str]:
@@ -899,6 +912,8 @@ def markdown(result: dict) -> str:
         same = f"{row['identical']} of {row['of']}" + (
             "" if row["first_difference"] is None else f", first difference at {row['first_difference']}"
         )
+        if row["identical"] < row["of"] and row["options"] and "identical_to_own_plain" in row:
+            same += f"; as its own plain row {row['identical_to_own_plain']} of {row['of']}"
         low, high = row["quartiles"]
         cells = [
             row_name(row) + " *" * (row["disturbed"] > row["of"] // 2),
@@ -1032,7 +1047,7 @@ def main():
     openings = (ROOT / "benchmarks" / "openings.txt").read_text(encoding="utf-8").splitlines()[: args.prompts]
     prompts = [tokenizer.encode(text) for text in openings]
     rows = contest(prompts, args)
-    summary(rows)
+    same_as = summary(rows)
     about = machine(args.folder, args)
     add_shares(rows, about)
     ids = [t for prompt in 99 * prompts for t in prompt][: args.prefill]
@@ -1043,7 +1058,7 @@ def main():
         "one at a time; medians. `*`: other processes ran in most of its rounds. To ours plain: to our fastest plain "
         "row with the same weights, native or not (where there is none, with any); to llama.cpp, llama2.c and "
         "CTranslate2: to their fastest row with the same weights, q8_0 counts as int8. "
-        "llama.cpp's cache is float16 in all rows.",
+        f"Same tokens: as {same_as}. llama.cpp's cache is float16 in all rows.",
         "machine": about,
         "rows": rows,
         "prefill": prefill(ids, args) if args.prefill else [],

@@ -1,10 +1,11 @@
 // Is the tree's text plain decoding's, bit for bit? fast/native.cpp on small random models, without Python: for
 // sanitizers, other instruction sets and emulators. native_check.sh builds and runs it for all of them.
 //
-//     native_check [cases]        a line for each and a summary; status 1 after a failure
+//     native_check [cases]    a line for each, with the share of a tree's levels whose drafts were accepted; status 1
+//                             after a failure
 //
 // Some rows are decoded by a tree, then each plainly: alone, by one thread, its prompt read token by token, its cache
-// clean. Equal must be the tokens, the logits of all accepted nodes and, at the end, the hidden states kept for the heads.
+// clean. Equal must be the tokens, the logits of all accepted nodes and, at the end, the hidden states for the heads.
 #include "../fast/native.cpp"
 #include <cstdio>
 #include <cstdlib>
@@ -17,7 +18,7 @@ struct Random {                             // the same numbers everywhere
     uint64 state;
     int64 below(int64 n) { return (int64)(mix64(state += GOLDEN) >> 33) % n; }
     template <class T> T one_of(std::initializer_list<T> some) { return some.begin()[below(some.size())]; }
-    float number() { return (float)(below(255) - 127) / 128; }                  // exact in every kind but INT8
+    float number() { return (float)(below(255) - 127) / 128; }      // exact in every kind but INT8
 };
 
 // ------------------------------------------------------------------------------------------------------------- models
@@ -32,7 +33,7 @@ struct Net {                                // a model and its heads
     Random& random;
     const Shape& shape;
     int64 kind;
-    bool tied;                              // embeddings are lm_head's: a token likes to be repeated, else token i + 7
+    bool tied;                              // lm_head's rows are the embeddings: tokens repeat, else i + 7 follows i
     std::deque<std::vector<char>> memory;   // all pieces of their exact size, for AddressSanitizer
     std::vector<Layer> layer;
     std::vector<Block> block;
@@ -42,13 +43,13 @@ struct Net {                                // a model and its heads
     Heads heads{};
 
     template <class T> T* piece(int64 n) { return (T*)memory.emplace_back(n * sizeof(T)).data(); }
-    float* numbers(int64 n, float scale, float center = 0) {                    // a power of 2 and a whole number: exact
+    float* numbers(int64 n, float scale, float center = 0) {        // a power of 2 and a whole number: no rounding
         float* x = piece<float>(n);
         for (int64 i = 0; i < n; i++) x[i] = center + random.number() * scale;
         return x;
     }
-    static float scale(int64 inputs) { return std::exp2(std::floor(std::log2(3.0 / inputs) / 2)); }     // sums of about 1
-    const void* stored(const float* x, int64 n) {                               // as engine_pack wants them
+    static float scale(int64 inputs) { return std::exp2(std::floor(std::log2(3.0 / inputs) / 2)); } // sums of about 1
+    const void* stored(const float* x, int64 n) {           // as engine_pack wants them
         if (kind == FLOAT32 || kind == INT8) return x;
         uint16_t* to = piece<uint16_t>(n);
         for (int64 i = 0; i < n; i++) {
@@ -60,7 +61,7 @@ struct Net {                                // a model and its heads
     Matrix packed(int64 outputs, int64 inputs, const float* weights, const float* bias) {
         Matrix m{kind, outputs, inputs, random.below(2), nullptr, kind == INT8 ? piece<float>(outputs) : nullptr, bias};
         m.data = piece<char>(engine_matrix_bytes(&m));
-        memset(m.data, 255, engine_matrix_bytes(&m));                           // NaN where nothing is packed
+        memset(m.data, 255, engine_matrix_bytes(&m));       // NaN where nothing is packed
         engine_pack(&m, 0, outputs, stored(weights, outputs * inputs));
         return m;
     }
@@ -68,7 +69,7 @@ struct Net {                                // a model and its heads
         const float* weights = numbers(outputs * inputs, scale(inputs));
         return packed(outputs, inputs, weights, bias ? numbers(outputs, 0.125f) : nullptr);
     }
-    Matrix likes(int64 places, const Ids& ids) {            // rows for the ids: what follows a token so many places later
+    Matrix likes(int64 places, const Ids& ids) {            // guesses what comes so many places after a token
         int64 H = shape.hidden, V = shape.vocabulary, n = ids.size();
         float *weights = piece<float>(n * H), part = tied ? 0.5f : scale(H);
         for (int64 i = 0; i < n * H; i++) {
@@ -90,29 +91,30 @@ struct Net {                                // a model and its heads
             Layer& l = layer.emplace_back();
             l.input_norm = numbers(H, 0.25f, 1), l.post_norm = numbers(H, 0.25f, 1);
             l.q = matrix(A, H, shape.bias), l.k = matrix(G, H, shape.bias), l.v = matrix(G, H, shape.bias);
-            l.o = matrix(H, A), l.gate = matrix(shape.inner, H), l.up = matrix(shape.inner, H), l.down = matrix(H, shape.inner);
+            l.o = matrix(H, A), l.gate = matrix(shape.inner, H), l.up = matrix(shape.inner, H);
+            l.down = matrix(H, shape.inner);
         }
         float *cos = piece<float>(positions * D), *sin = piece<float>(positions * D);
         for (int64 i = 0; i < positions * D; i++) {
             double angle = i / D * std::pow(10000.0, -2.0 * (i % (D / 2)) / D);
             cos[i] = std::cos(angle), sin[i] = std::sin(angle) * (i % D < D / 2 ? -1 : 1);
         }
-        Ids all, drafted;
-        for (int64 i = 0; i < V; i++) all.push_back(i);
-        int64 table_kind = kind == INT8 ? 0 : kind;
-        const void* table = tied ? nullptr : stored(embedding, V * H);
-        const float* norm = numbers(H, 0.25f, 1);
-        model = {H, shape.heads, shape.kv_heads, D, shape.layers, 1e-5, layer.data(), norm, likes(1, all), table_kind, table,
-                 cos, sin};
-
-        int64 seen = random.below(3), recent = 1 + random.below(2), layers = 1 + random.below(2), map = random.one_of({0, 0, 1});
+        int64 seen = random.below(3), recent = 1 + random.below(2), layers = 1 + random.below(2);
         int64 trunk = random.one_of({0, 0, 37}), width = random.one_of({0, 45});
-        for (int64 i = 0; i < V; i++) if (!map || i % 4) drafted.push_back(i);
+        bool map = random.one_of({false, false, true});
+        Ids all, drafted;
+        for (int64 i = 0; i < V; i++) {
+            all.push_back(i);
+            if (!map || i % 4) drafted.push_back(i);
+        }
+        const float* norm = numbers(H, 0.25f, 1);
+        model = {H, shape.heads, shape.kv_heads, D, shape.layers, 1e-5, layer.data(), norm, likes(1, all),
+                 kind == INT8 ? 0 : kind, tied ? nullptr : stored(embedding, V * H), cos, sin};
         heads = {K, layers, recent, seen, trunk, (int64)drafted.size(), {}, nullptr, nullptr, nullptr};
-        if (map) heads.token_map = std::copy(drafted.begin(), drafted.end(), piece<int64>(drafted.size())) - drafted.size();
+        if (map) heads.token_map = (int64*)memcpy(piece<int64>(V), drafted.data(), drafted.size() * sizeof(int64));
         if (trunk) heads.trunk = made(H * K, H * (recent + (seen > 0)), trunk);
         for (int64 k = 1; k <= K; k++) {
-            int64 tokens = seen == 2 ? k : seen, inputs = H * (trunk ? std::max<int64>(1, tokens) : recent + tokens);
+            int64 tokens = seen == 2 ? k : seen, inputs = H * (trunk ? std::max<int64>(tokens, 1) : recent + tokens);
             for (int64 j = 0; j < layers; j++) block.push_back(made(H, j ? H : inputs, width));
             vocabulary.push_back(tied && !map ? model.lm_head : likes(k + 1, drafted));
         }
@@ -131,7 +133,8 @@ struct Growth {                             // a tree: parents never decrease, s
             int64 any = std::min(n - 1, parent[n - 1] + random.one_of({0, 0, 1, 2}));
             parent.push_back(*form == 'c' ? n - 1 : *form == 's' ? 0 : *form == 'b' ? (n - 1) / 2 : any);
             depth.push_back(depth[parent[n]] + 1);
-            rank.push_back(n > 1 && parent[n] == parent[n - 1] ? rank[n - 1] + 1 : *form == 'r' ? random.below(2) : 0);
+            bool sibling = n > 1 && parent[n] == parent[n - 1];
+            rank.push_back(sibling ? rank[n - 1] + 1 : *form == 'r' ? random.below(2) : 0);
         }
     }
     Tree tree() const { return {(int64)parent.size(), depth.back(), parent.data(), depth.data(), rank.data()}; }
@@ -139,7 +142,7 @@ struct Growth {                             // a tree: parents never decrease, s
 
 // ----------------------------------------------------------------------------------------------------------- decoding
 struct Prompt { Ids ids; int64 wanted, seed; };
-struct Text { Ids tokens; std::vector<float> logits, recent; int64 steps; };    // of a row
+struct Text { Ids tokens; std::vector<float> logits, recent; int64 steps; };        // of a row
 
 static std::vector<Text> decode(const Net& net, const std::vector<Prompt>& prompts, const Growth& growth,
                                 const Sampling& sampling, const Ids& eos, int64 threads, int64 chunk, float stale) {
@@ -190,7 +193,8 @@ static std::vector<Text> decode(const Net& net, const std::vector<Prompt>& promp
     return texts;
 }
 
-static int64 first_difference(const std::vector<float>& a, const std::vector<float>& b) {       // -1: equal in every bit
+// Where a first differs from b in a bit, or isn't finite; -1: nowhere.
+static int64 difference(const std::vector<float>& a, const std::vector<float>& b) {
     for (size_t i = 0; i < std::max(a.size(), b.size()); i++)
         if (i >= std::min(a.size(), b.size()) || memcmp(&a[i], &b[i], sizeof(float)) || !std::isfinite(a[i])) return i;
     return -1;
@@ -218,11 +222,11 @@ int main(int argc, char** argv) {
         std::string problem;
         for (size_t b = 0; b < prompts.size(); b++) {
             Text plain = decode(net, {prompts[b]}, Growth(), sampling, eos, 1, 1, 0)[0];
-            int64 place = first_difference(plain.logits, texts[b].logits);
-            std::string from = place < 0 ? "" : ", other LOGITS from token " + std::to_string(place / shape.vocabulary);
-            if (plain.tokens != texts[b].tokens) from = ", other TOKENS" + from;
-            if (from.empty() && first_difference(plain.recent, texts[b].recent) >= 0) from = ", other HIDDEN states";
-            if (!from.empty()) problem += " row " + std::to_string(b) + from;
+            int64 place = difference(plain.logits, texts[b].logits);
+            std::string what = plain.tokens == texts[b].tokens ? "" : " other TOKENS";
+            if (place >= 0) what += " other LOGITS from token " + std::to_string(place / shape.vocabulary);
+            if (what.empty() && difference(plain.recent, texts[b].recent) >= 0) what = " other HIDDEN states";
+            if (!what.empty()) problem += (problem.empty() ? "row " : ", row ") + std::to_string(b) + ":" + what;
             good += texts[b].tokens.size() - texts[b].steps, most += texts[b].steps * growth.depth.back();
             for (int64 id : plain.tokens) {
                 all = mix64(all + id + 1);
@@ -230,14 +234,14 @@ int main(int argc, char** argv) {
             }
         }
         failed += !problem.empty(), accepted += good, possible += most;
-        printf("%3d %-16s %-8s %-4s  %-6s%-6s%-4s %-6s %2d nodes  T %.1f k %-2d p %.1f  %d rows %d threads  accepted %3.0f%% %s\n",
+        printf("%3d %-16s %-8s %-4s  %-6s%-6s%-4s %-6s %2d nodes  T %.1f k %-2d p %.1f  %d rows %d threads  %3.0f%% %s\n",
                (int)n, shape.name, KINDS[kind], net.tied ? "tied" : "", SEEN[net.heads.seen],
-               net.heads.trunk_width ? "+trunk" : "", net.heads.token_map ? "+map" : "", growth.form, (int)growth.parent.size(),
-               sampling.temperature, (int)sampling.top_k, sampling.top_p, (int)prompts.size(), (int)threads,
-               100.0 * good / most, problem.empty() ? "OK" : problem.c_str());
+               net.heads.trunk_width ? "+trunk" : "", net.heads.token_map ? "+map" : "", growth.form,
+               (int)growth.parent.size(), sampling.temperature, (int)sampling.top_k, sampling.top_p, (int)prompts.size(),
+               (int)threads, 100.0 * good / most, problem.empty() ? "OK" : problem.c_str());
         fflush(stdout);
     }
-    printf("%d cases of W %d, %d failed, accepted %.0f%% of the depth, tokens of greedy float32 %08x, of all %08x\n", (int)cases,
+    printf("%d cases of W %d, %d failed, accepted %.1f%% of all levels, greedy float32 tokens %08x, all %08x\n", (int)cases,
            W, (int)failed, 100.0 * accepted / possible, (uint32_t)greedy, (uint32_t)all);
     return failed || !accepted;
 }

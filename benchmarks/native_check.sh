@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# native_check.cpp for many compilers, instruction sets and sanitizers, then the engine's Python tests under ASan: a table.
+# native_check.cpp for compilers, instruction sets and sanitizers, then the engine's Python tests under ASan: a table.
 #
-#     benchmarks/native_check.sh [cases]            # apt-get install clang g++-aarch64-linux-gnu qemu-user: two more
+#     benchmarks/native_check.sh [cases]        # with apt-get install clang g++-aarch64-linux-gnu qemu-user, four more
 #
-# Each must end well and with the first one's tokens. Status 1 if one doesn't; what is not installed is left out.
+# Status 1 if one fails, or has other tokens than the first. What is not installed is left out.
 cd "$(dirname "$0")/.." || exit 1
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+export TSAN_OPTIONS=halt_on_error=1
 row="%-31s %5s  %8s  %-8s  %-8s  %7s  %s\n"
 first= failed=0 machine=$(uname -m)
 
@@ -22,8 +22,8 @@ check() {
         begin=$SECONDS
         $runner "$folder/check" "$cases" > "$folder/log" 2>&1 && verdict=OK
         summary=$(grep " cases of W " "$folder/log")
-        accepted=$(sed -n 's/.*accepted \(.*%\).*/\1/p' <<< "$summary") all=${summary##* }
-        greedy=$(sed -n 's/.*greedy float32 \(.*\), of.*/\1/p' <<< "$summary")
+        accepted=$(sed 's/.*accepted \(.*%\).*/\1/' <<< "$summary") all=${summary##* }
+        greedy=$(sed 's/.*tokens \(.*\), .*/\1/' <<< "$summary")
         first=${first:-$greedy $all}
         [ "$verdict" = OK ] && [ "$first" != "$greedy $all" ] && verdict="OTHER TOKENS than the first"
     fi
@@ -38,7 +38,8 @@ if [ "$machine" = x86_64 ]; then
     check "g++ AVX2" "" g++ -O3 -march=haswell
     check "g++ SSE2" "" g++ -O3 -march=x86-64
 fi
-check "g++ native, address, undefined" "" g++ -O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all
+check "g++ native, address, undefined" "" \
+    g++ -O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all
 check "g++ native, thread" "" g++ -O1 -g -march=native -fsanitize=thread
 check "clang++ native" "" clang++ -O3 -march=native
 if [ "$machine" = x86_64 ]; then
@@ -49,9 +50,11 @@ fi
 
 tests=tests/fast/test_native.py begin=$SECONDS verdict=FAILED
 if [ -f $tests ]; then
-    TINYMEDUSA_EXAMPLES=10 CXXFLAGS="-O1 -g -fsanitize=address,undefined" XDG_CACHE_HOME="$folder" \
-        LD_PRELOAD=$(g++ -print-file-name=libasan.so) python -m pytest -q -p no:cacheprovider $tests > "$folder/log" 2>&1 && verdict=OK
-    printf "$row" "Python tests, address, undefined" "" "" "" "" "$((SECONDS - begin))" "$verdict: $(tail -n 1 "$folder/log")"
+    flags="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+    env TINYMEDUSA_EXAMPLES=10 CXXFLAGS="$flags" XDG_CACHE_HOME="$folder" ASAN_OPTIONS=detect_leaks=0 \
+        LD_PRELOAD="$(g++ -print-file-name=libasan.so)" \
+        python -m pytest -q -p no:cacheprovider $tests > "$folder/log" 2>&1 && verdict=OK
+    printf "$row" "Python, address, undefined" "" "" "" "" "$((SECONDS - begin))" "$verdict: $(tail -n 1 "$folder/log")"
     [ "$verdict" = OK ] || { failed=1; tail -n 40 "$folder/log"; }
 fi
 exit $failed

@@ -431,6 +431,6 @@ def test_dtype_and_threads_reach_the_model(distill, tmp_path, monkeypatch, tiny_
     assert facts[0]["dtype"] == "bfloat16" and "dtype" not in facts[1] and "threads" not in facts[0]
     for args, says in ((["--openings", "o.txt", "--dtype", "int3"], "--dtype: invalid choice: 'int3'"),
                        (["--openings", "o.txt", "--threads", "none"], "--threads: 'none' is not a whole number"),
-                       (["--text", "o.txt", "--dtype", "bfloat16"], "--dtype and --fast are for text that the model writes: add")):
+                       (["--text", "o.txt", "--dtype", "bfloat16"], "--fast are for text that the model writes")):
         status, _, err = cli("prepare_data", "--model", tiny_folder, "--out", tmp_path / "c.bin", *args)
         assert status == 2 and err.count("\n") == 1 and says in err

@@ -103,7 +103,8 @@ def written(arguments: str, out: str, medusa: bool):
         return None
     results = [json.loads(line) for line in out.splitlines()]
     if "--tune" in arguments:
-        assert [r["mode"].replace(" fast", "") for r in results] == ["cpu batch 2" if "--batch-size" in arguments else "cpu"]
+        modes = [r["mode"].replace(" fast", "") for r in results]
+        assert modes == ["cpu batch 2" if "--batch-size" in arguments else "cpu"]
         return None
     for result in results:
         assert ("tree" in result) == medusa

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,9 +58,9 @@ def rounded_heads(model, **options):
 
 
 def written(decoder, prompts, new_tokens, seeds=None) -> list:
-    """Each prompt's new ids, step by step."""
+    """Each prompt's new ids, step by step; of a generation that does not end one step too many."""
     rows = [[] for _ in prompts]
-    for step in decoder.generate(prompts, new_tokens, seeds):
+    for step in islice(decoder.generate(prompts, new_tokens, seeds), new_tokens + 1):
         for row, ids in zip(rows, step, strict=True):
             row.append(ids)
     return rows
@@ -719,8 +720,7 @@ def test_stages_are_those_of_torchs_decoder(medusa):
     assert calls[0] == calls[1] and list(calls[0]) == list(calls[1])
     assert calls[0] == ({"init": 1, **dict.fromkeys(("medusa", "tree", "posterior", "update"), len(steps[0]) - 1)}
                         if medusa else {"init": 1, "base_inference": 29})
-    parts = {name: sum(times) for name, times in clocks[0].seconds.items() if name != "init"}
-    assert sum(parts.values()) > 0 and max(parts, key=parts.get) in ("tree", "base_inference", "medusa")
+    assert all(sum(times) > 0 for times in clocks[0].seconds.values())
 
 
 def builds() -> list[str]:
