@@ -1058,7 +1058,9 @@ def main():
         "one at a time; medians. `*`: other processes ran in most of its rounds. To ours plain: to our fastest plain "
         "row with the same weights, native or not (where there is none, with any); to llama.cpp, llama2.c and "
         "CTranslate2: to their fastest row with the same weights, q8_0 counts as int8. "
-        f"Same tokens: as {same_as}. llama.cpp's cache is float16 in all rows.",
+        f"Same tokens: as {same_as}. llama.cpp's cache is float16 in all rows."
+        + " llama2.c has a rope_theta of 10000, so its tokens are others."
+        * (config.rope_theta != 10000),
         "machine": about,
         "rows": rows,
         "prefill": prefill(ids, args) if args.prefill else [],

@@ -234,14 +234,15 @@ int main(int argc, char** argv) {
             }
         }
         failed += !problem.empty(), accepted += good, possible += most;
-        printf("%3d %-16s %-8s %-4s  %-6s%-6s%-4s %-6s %2d nodes  T %.1f k %-2d p %.1f  %d rows %d threads  %3.0f%% %s\n",
-               (int)n, shape.name, KINDS[kind], net.tied ? "tied" : "", SEEN[net.heads.seen],
-               net.heads.trunk_width ? "+trunk" : "", net.heads.token_map ? "+map" : "", growth.form,
-               (int)growth.parent.size(), sampling.temperature, (int)sampling.top_k, sampling.top_p, (int)prompts.size(),
-               (int)threads, 100.0 * good / most, problem.empty() ? "OK" : problem.c_str());
+        printf("%3d %-16s %-8s %-4s  %-6s%-6s%-4s %-6s %2d nodes  ", (int)n, shape.name, KINDS[kind],
+               net.tied ? "tied" : "", SEEN[net.heads.seen], net.heads.trunk_width ? "+trunk" : "",
+               net.heads.token_map ? "+map" : "", growth.form, (int)growth.parent.size());
+        printf("T %.1f k %-2d p %.1f  %d rows %d threads  %3.0f%% %s\n", sampling.temperature, (int)sampling.top_k,
+               sampling.top_p, (int)prompts.size(), (int)threads, 100.0 * good / most,
+               problem.empty() ? "OK" : problem.c_str());
         fflush(stdout);
     }
-    printf("%d cases of W %d, %d failed, accepted %.1f%% of all levels, greedy float32 tokens %08x, all %08x\n", (int)cases,
-           W, (int)failed, 100.0 * accepted / possible, (uint32_t)greedy, (uint32_t)all);
+    printf("%d cases of W %d, %d failed, accepted %.1f%%, greedy float32 tokens %08x, all %08x\n", (int)cases, W,
+           (int)failed, 100.0 * accepted / possible, (uint32_t)greedy, (uint32_t)all);
     return failed || !accepted;
 }
