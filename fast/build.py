@@ -18,8 +18,11 @@ class Unavailable(Exception):
 
 def folders() -> list[Path]:
     """Where the compiled engine may be kept, the first choice first."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return [Path(cache, "tinymedusa"), Path(tempfile.gettempdir(), f"tinymedusa-{os.getuid()}")]
+    temporary = Path(tempfile.gettempdir(), f"tinymedusa-{os.getuid()}")
+    try:
+        return [Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tinymedusa"), temporary]
+    except RuntimeError:                    # a user whom the system does not know has no home
+        return [temporary]
 
 def processor() -> str:
     """What -march=native depends on."""

@@ -265,7 +265,7 @@ static inline Ints dot4(Ints total, Bits weights, int32_t x) {
 }
 
 template <int M>
-static void tile_of_digits(const Digits& x, const char* w, int n, float* y, int64 width, int rows, bool first) {
+static void tile_of_digits(const Digits& x, const char* w, int n, float* y, int64 width, int rows) {
     Ints total[M][2][2];                    // of each digit, of each half of the panel
     UNROLLED for (int m = 0; m < M; m++)
         UNROLLED for (int digit = 0; digit < 2; digit++)
@@ -283,9 +283,10 @@ static void tile_of_digits(const Digits& x, const char* w, int n, float* y, int6
     UNROLLED for (int m = 0; m < M; m++)
         UNROLLED for (int half = 0; half < 2; half++) {
             Vector upper = __builtin_convertvector(total[m][0][half], Vector);
-            Vector sum = (upper * 256.0f + __builtin_convertvector(total[m][1][half], Vector)) * x.step[m];
+            Vector sum = upper * 256.0f + __builtin_convertvector(total[m][1][half], Vector);
             float* to = y + m * width + half * W;
-            if (m < rows) store(to, first ? sum : load<Vector>(to) + sum);
+            // no choice between: the compiler must fuse this into one rounding in every build of the tile, or in none
+            if (m < rows) store(to, load<Vector>(to) + sum * x.step[m]);
         }
 }
 
@@ -311,7 +312,7 @@ template <int M>
 static void panels_of_digits(const float* x, const Matrix& m, int64 begin, int64 end, int64 input, int n, float* y,
                              int rows) {
     for (int64 p = begin; p < end; p++)
-        tile_of_digits<M>(*(const Digits*)x, m.panel(p, input), n, y + p * PANEL, m.width(), rows, input == 0);
+        tile_of_digits<M>(*(const Digits*)x, m.panel(p, input), n, y + p * PANEL, m.width(), rows);
 }
 
 template <int M>
@@ -405,6 +406,12 @@ static void product(Worker& worker, Input in, int64 rows, std::initializer_list<
     constexpr int64 size = 8 * INPUTS;                                          // floats of a tile, more than enough
     float* x = worker.floats(tiles.count * size + rows), *inverse = x + tiles.count * size;
     for (int64 r = 0; in.gain && r < rows; r++) inverse[r] = inverse_rms(in.x + r * in.stride, inputs, in.eps);
+    auto into = outputs.begin();
+    for (const Matrix* m : matrices) {                                          // digits add to what is there
+        float* y = *into++;
+        int64 begin = worker.begin(m->panels()) * PANEL, end = worker.end(m->panels()) * PANEL;
+        for (int64 r = 0; kind == INT8 && r < rows; r++, y += m->width()) std::fill(y + begin, y + end, 0);
+    }
     for (int64 input = 0; input < inputs; input += INPUTS) {
         int n = std::min<int64>(INPUTS, inputs - input);
         for (int64 t = 0; t < tiles.count; t++) {

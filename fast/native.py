@@ -227,8 +227,12 @@ class NativeLlama(nn.Module):
 
     def read(self, ids: Tensor, depth: Tensor, state: StateStruct, tree: TreeStruct | None = None) -> Tensor:
         """New tokens behind each row's prefix, ids [B, T] and depth [T]: a chain, or a tree → hidden [B, T, H].
-        UserError: an id is not in the vocabulary."""
+        UserError: an id is not in the vocabulary, a text is longer than the context."""
         ids, depth = ids.contiguous(), depth.contiguous()
+        context = self.config.max_position_embeddings
+        longest = max((c_int64 * state.rows).from_address(state.length))
+        if longest + (len(depth) if tree is None else 0) > context:
+            raise UserError(f"a text has more tokens than the context of {context}")
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
             raise UserError(f"token ids must be from 0 to {self.config.vocab_size - 1}")
         hidden = self.lib.engine_forward(self.engine, byref(state), tree and byref(tree), c_int64(len(depth)), at(ids),

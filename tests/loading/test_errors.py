@@ -258,7 +258,7 @@ CASES = {
     "seed": (None, ["--seed", "-1"], ["--seed: '-1' is not a whole number from 0"]),
     "not a number": (None, ["--top-k", "few"], ["--top-k: 'few' is not a whole number"]),
     "unknown option": (None, ["--tokens", "5"], ["unrecognized arguments: --tokens"]),
-    "compile": (None, ["--compile"], ["--compile is gone; --fast will come"]),
+    "compile": (None, ["--compile"], ["--compile is gone: give --fast"]),
     "device": (None, ["--device", "warp"], ["--device: 'warp' can't be used here"]),
     "not UTF-8": (None, ["--prompt", "caf\udce9"], ["is not UTF-8 text"]),
     "newline in a name": (None, ["--model", "a\nb"], ["a b is not a folder"]),
