@@ -32,9 +32,11 @@ from variants.heads import load_heads  # noqa: E402
 
 RESULTS, FIGURES, TREE = ROOT / "docs" / "results", ROOT / "docs" / "figures", ROOT / "model" / "medusa" / "tree.json"
 MACHINE = "2 cores of an AMD EPYC (Zen 4), Python 3.11.7, torch 2.13.0 CPU"       # of all results saved so far
-SHAPES = {"model": "embedded model", "v0": "padded v0", "110M": "padded 110M", "1B": "padded 1B"}
+SHAPES = {"model": "embedded model", "v0": "padded v0", "110M": "padded 110M", "smollm2": "SmolLM2-135M-Instruct",
+          "1B": "padded 1B"}
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#999999"     # Okabe and Ito
-COMPARE = "python benchmarks/compare.py {model,v0,110M,1B} (options: README)"
+COMPARE = "python benchmarks/compare.py SHAPE (options: docs/speed.md)"
+LINES = {"eager": "-", "native f32": "--", "native bf16": ":"}
 
 
 def saved(figure, name: str, command: str) -> None:
@@ -57,8 +59,9 @@ def tree_mask() -> None:
         left.plot([x - 1, x - 1, x] if node else [x], [-row[parent], y, y] if node else [y], color=GREY, zorder=1)
         left.text(x, y, f"{node}: {names[node]}", ha="center", va="center", fontsize=9,
                   bbox={"boxstyle": "round", "facecolor": "white", "edgecolor": BLUE})
-    left.set(xlim=(-0.5, 4.5), xticks=range(5), xticklabels=["base", "head 1", "head 2", "head 3", "head 4"], yticks=[],
-             title="the tree: node: ranks on its way")
+    deepest = int(tree.depth.max())
+    left.set(xlim=(-0.5, deepest + 0.5), xticks=range(deepest + 1), yticks=[], title="the tree: node: ranks on its way",
+             xticklabels=["base", *(f"head {k}" for k in range(1, deepest + 1))])
     left.spines[:].set_visible(False)
     right.imshow(seen, cmap=matplotlib.colors.ListedColormap(["white", BLUE]), aspect="auto", alpha=0.8)
     right.set(xticks=range(seen.shape[1]), yticks=range(nodes), yticklabels=[f"{i}: {n}" for i, n in enumerate(names)],
@@ -75,31 +78,33 @@ def tree_mask() -> None:
 def step_cost() -> None:
     """What a step costs in plain steps by its nodes, against the tokens that it yields."""
     figure, axis = plt.subplots(figsize=(9, 5))
-    for (name, title), colour in zip(SHAPES.items(), (BLUE, GREEN, ORANGE, RED), strict=True):
-        data = read_json(RESULTS / f"{'1B-curve' if name == '1B' else name}.json")
-        for mode, points in data["curve"].items():
+    for (name, title), colour in zip(SHAPES.items(), (BLUE, GREEN, ORANGE, RED, GREY), strict=True):
+        if not (RESULTS / f"native-{name}-curve.json").exists():
+            continue
+        for mode, points in read_json(RESULTS / f"native-{name}-curve.json")["curve"].items():
             points = [p for p in points if p["context"] == 128]
             axis.plot([p["nodes"] for p in points], [p["break_even_tokens_per_step"] for p in points], marker="o",
-                      color=colour, linestyle="-" if mode == "eager" else ":", label=f"cost, {title}, {mode}")
+                      color=colour, linestyle=LINES[mode], label=f"cost, {title}, {mode}")
     found = read_json(TREE)["candidates"]
     axis.plot([1, *(c["nodes"] for c in found)], [1, *(c["tokens_per_step"] for c in found)], color="black",
               linewidth=3, label="yield: tokens per step of the embedded heads")
     axis.set(xscale="log", yscale="log", xticks=(nodes := [1, 2, 4, 8, 16, 32, 64]), xticklabels=nodes,
-             yticks=(steps := [1, 2, 3, 4, 6, 10, 20, 30]), yticklabels=steps,
+             yticks=(steps := [1, 2, 3, 4, 6, 10]), yticklabels=steps,
              xlabel="nodes of the tree, the root included",
              ylabel="plain steps, or tokens per step", title="A tree pays where the black line is above a cost")
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, ncols=2)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    saved(figure, "step-cost", "python benchmarks/compare.py {model,v0,110M,1B} --curve; generate.py --tune")
+    saved(figure, "step-cost", f"{COMPARE} --curve; generate.py --tune")
 
 
 def peers() -> None:
     """Tokens per second of everything that was compared, a panel a model."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 9))
-    for axis, (name, title) in zip(axes.flat, SHAPES.items(), strict=True):
-        rows = [r for r in read_json(RESULTS / f"{name}.json")["rows"] if r.get("tokens_per_second")][::-1]
+    figure, axes = plt.subplots(3, 2, figsize=(11, 12))
+    axes[2, 1].set_visible(False)
+    for axis, (name, title) in zip(axes.flat, SHAPES.items(), strict=False):
+        rows = [r for r in read_json(RESULTS / f"native-{name}.json")["rows"] if r.get("tokens_per_second")][::-1]
         for y, row in enumerate(rows):
             speed, (low, high), lossy = row["tokens_per_second"], row["quartiles"], "lossy" in row["row"]
             axis.barh(y, speed, color=GREY if lossy else BLUE if row["row"].startswith("ours") else ORANGE,
@@ -127,9 +132,10 @@ def depth() -> None:
             left.annotate(f"{r['nodes']}", (r["depth"], r["tokens_per_step"]), textcoords="offset points",
                           xytext=(0, 5), fontsize=7, ha="center", color=colour)
         right.plot(range(len(rows[-1]["reach"])), rows[-1]["reach"], marker="o", color=colour, label=name)
-    left.set(xticks=range(5), xlabel="depth at which the tree is cut (0: plain decoding); its nodes at each point",
+    deepest = range(1 + max(r["depth"] for r in data["rows"]))
+    left.set(xticks=deepest, xlabel="depth at which the tree is cut (0: plain decoding); its nodes at each point",
              ylabel="tokens per step")
-    right.set(xticks=range(5), ylim=(0, 1.03), xlabel="drafts accepted, at least", ylabel="share of the steps")
+    right.set(xticks=deepest, ylim=(0, 1.03), xlabel="drafts accepted, at least", ylabel="share of the steps")
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -162,15 +168,15 @@ def measure_depth() -> None:
 
 def batch() -> None:
     """Tokens per second by batch size: plain decoding, and Medusa with the best tree of each size."""
-    names = [name for name in ("model", "110M") if (RESULTS / f"batch-{name}.json").exists()]
-    figure, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 4.6), squeeze=False)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6))
     commands = []
-    for axis, name in zip(axes[0], names, strict=True):
-        data = read_json(RESULTS / f"batch-{name}.json")
-        commands.append(data["command"])
-        for mode in dict.fromkeys(r["mode"] for r in data["rows"]):
-            sizes = sorted({r["batch"] for r in data["rows"] if r["mode"] == mode})
-            rows = [[r for r in data["rows"] if (r["mode"], r["batch"]) == (mode, size)] for size in sizes]
+    for axis, name in zip(axes, ("model", "110M"), strict=True):
+        results = [read_json(RESULTS / f"batch-{name}{engine}.json") for engine in ("", "-fast")]
+        commands += [result["command"] for result in results]
+        measured = [row for result in results for row in result["rows"]]
+        for mode in dict.fromkeys(r["mode"] for r in measured):
+            sizes = sorted({r["batch"] for r in measured if r["mode"] == mode})
+            rows = [[r for r in measured if (r["mode"], r["batch"]) == (mode, size)] for size in sizes]
             plain = [next(r for r in some if r["nodes"] == 1) for some in rows]
             best = [max((r for r in some if r["nodes"] > 1), key=lambda r: r["tokens_per_second"]) for some in rows]
             for some, colour, label in ((plain, ORANGE, "plain"), (best, BLUE, "Medusa, best tree (its nodes)")):
@@ -183,9 +189,9 @@ def batch() -> None:
             for r in best:
                 axis.annotate(f"{r['nodes']}", (r["batch"], r["tokens_per_second"]), textcoords="offset points",
                               xytext=(0, 6), fontsize=8, ha="center", color=BLUE)
-        sizes = sorted({r["batch"] for r in data["rows"]})
-        ticks = [t for t in (50, 100, 200, 500, 1000, 2000, 5000, 10_000)
-                 if 0.8 * axis.get_ylim()[0] < t < 1.3 * axis.get_ylim()[1] and axis.get_ylim()[1] / t < 30]
+        sizes = sorted({r["batch"] for r in measured})
+        ticks = [t for t in (20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
+                 if 0.8 * axis.get_ylim()[0] < t < 1.3 * axis.get_ylim()[1] and axis.get_ylim()[1] / t < 300]
         axis.set(xscale="log", yscale="log", xticks=sizes, xticklabels=sizes, yticks=ticks, yticklabels=ticks,
                  xlabel="prompts at once", ylabel="tokens per second", title=SHAPES[name])
         axis.minorticks_off()

@@ -289,9 +289,9 @@ class PackedHeads:
 
 # -------------------------------------------------------------------------------------------------------- the decoder
 class NativeDecoder(Decoder):
-    """Decoder whose step is one call of the engine, or four where a stage is replaced or watched. The numbers of its
-    state are written in place."""
-    REPLACED = {"noise", "draft", "verify", "accept", "commit", "forward"}
+    """Decoder whose step is one call of the engine, or four where a part of it is replaced, in a subclass or on the
+    decoder itself, or watched. The numbers of its state are written in place."""
+    PARTS = {"noise", "draft", "verify", "accept", "commit", "forward"}
 
     def __init__(self, model: NativeLlama, heads=None, tree: Tree = ROOT, sampling: Sampling = GREEDY, eos=None,
                  run=call):
@@ -303,6 +303,7 @@ class NativeDecoder(Decoder):
         trained = type(heads) in (MedusaHeads, StrongHeads, RootHeads, HydraHeads) and "draft" not in heads.__dict__
         self.packed = PackedHeads(model, heads) if trained else None
         self.plain, self.bound = heads is None, None
+        self.overridden = {name for name in self.PARTS if getattr(type(self), name) is not getattr(NativeDecoder, name)}
         self.tree_struct = TreeStruct(nodes, len(tree.paths[-1]), at(tree.parent), at(tree.depth), at(tree.rank))
         self.sampling_struct = SamplingStruct(sampling.temperature, sampling.top_k, sampling.top_p)
         self.ends = c_int64(len(self.eos)), at(self.eos)
@@ -330,13 +331,17 @@ class NativeDecoder(Decoder):
 
     def step(self, state: State, window: int, run) -> tuple[State, Tensor, Tensor]:
         watched = run is not call and type(run) is not Stages
-        if watched or self.REPLACED & self.__dict__.keys() or not (self.plain or self.packed):
+        if watched or self.replaced() or not (self.plain or self.packed):
             return super().step(state, window, run)
         state = self.bind(state)
         self.model.lib.engine_step(*self.stepping)
         if run is not call:
             self.tell(run)
         return state, self.out, self.count
+
+    def replaced(self) -> set:
+        """The parts of the step that are not the engine's own."""
+        return self.overridden | (self.PARTS & self.__dict__.keys())
 
     def tell(self, stages: Stages) -> None:
         """How long the stages of the newest step took, by the engine's own clock."""
@@ -346,7 +351,7 @@ class NativeDecoder(Decoder):
             stages.seconds.setdefault(name, []).append(clock[end] - clock[begin])
 
     def draft(self, state: State) -> tuple[Tensor, Tensor | None]:
-        if not self.packed:
+        if not self.packed or "noise" in self.replaced():       # which the engine makes itself
             return super().draft(state)
         state = self.bind(state)
         ids = self.model.lib.engine_draft(*self.drafting)
