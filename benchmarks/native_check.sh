@@ -5,6 +5,7 @@
 #
 # Status 1 if one fails, or has other tokens than the first. What is not installed is left out.
 cd "$(dirname "$0")/.." || exit 1
+PATH=$PWD/.venv/bin:$PATH                   # the README's environment, where there is one
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 export TSAN_OPTIONS=halt_on_error=1
@@ -52,8 +53,8 @@ tests=tests/fast/test_native.py begin=$SECONDS verdict=FAILED
 if [ -f $tests ]; then
     flags="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
     env TINYMEDUSA_EXAMPLES=10 CXXFLAGS="$flags" XDG_CACHE_HOME="$folder" ASAN_OPTIONS=detect_leaks=0 \
-        LD_PRELOAD="$(g++ -print-file-name=libasan.so)" \
-        python -m pytest -q -p no:cacheprovider $tests > "$folder/log" 2>&1 && verdict=OK
+        LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
+        python -m pytest -q -s -p no:cacheprovider $tests > "$folder/log" 2>&1 && verdict=OK
     printf "$row" "Python, address, undefined" "" "" "" "" "$((SECONDS - begin))" "$verdict: $(tail -n 1 "$folder/log")"
     [ "$verdict" = OK ] || { failed=1; tail -n 40 "$folder/log"; }
 fi
