@@ -26,8 +26,9 @@ from fast import engines
 from llama import LlamaConfig
 from loading.checkpoint import TORCH_DTYPES
 from loading.config import check_prompts
-from loading.documents import BATCH, HELD_OUT, Partial, conversations, document, openings_of, texts, write_tokens
-from loading.files import UserError, locate, model_name
+from loading.documents import (BATCH, HELD_OUT, Partial, beside, conversations, document, openings_of, texts,
+                               write_tokens)
+from loading.files import UserError, keep_sources, locate, model_name
 from loading.templates import question
 from loading.tokenizer import Tokenizer
 from tinymedusa import Decoder, Sampling, Tree
@@ -141,8 +142,6 @@ def source_items(args):
         raise UserError("--first-words makes conversations of texts: give --text or --tinystories")
     if (args.heads or args.dtype or args.fast) and not (args.distill or args.openings):
         raise UserError("--heads, --dtype and --fast are for text that the model writes: add --distill")
-    if Path(args.out).resolve() in [Path(p).resolve() for p in (args.text, args.sharegpt, args.openings) if p]:
-        raise UserError(f"{args.out} is the source itself: give --out another name")
     if args.sharegpt:
         items = conversations(args.sharegpt)
     elif args.openings:
@@ -210,6 +209,8 @@ def prepare(args) -> tuple[str, dict]:
     items, out = source_items(args), Path(args.out)
     if world > 1:
         out = out.with_name(f"{out.stem}-{rank:05d}-of-{world:05d}{out.suffix}")
+    keep_sources([*beside(out), f"{out}.partial"], [args.text, args.sharegpt, args.openings, args.tinystories,
+                                                    args.heads, tokenizer.path.parent])
     free = ("model", "out", "device", "threads", "heads", "batch_size", "fast")
     options = {k: v for k, v in vars(args).items() if v and k not in free}
     source = {"model": model_name(args.model)} | {

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from tqdm import tqdm
-from loading.files import UserError, replacing
+from loading.files import UserError, replacing, writable
 from tinymedusa import Decoder, Stages
 
 COLOURS = (36, 32, 33, 35, 34, 31)      # of heads 1, 2, ..; what the base model wrote itself has the terminal's own
@@ -22,19 +22,37 @@ def figures(tokens: int, texts: int, accepted: Counter, seconds: float, stages: 
             "seconds": round(seconds, 6), "tokens_per_second": round(tokens / seconds, 2), "stages": totals}
 
 @contextmanager
+def silenced():
+    """Nothing goes to stderr meanwhile, not even from compiled code."""
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+@contextmanager
 def traced(decoder: Decoder, path: Path | None):
     """Write a trace of what the decoder does meanwhile, its stages named; path None: nothing."""
     if path is None:
         yield
         return
-    run = decoder.run
+    writable(path)                                  # or an error, before the work
+    run, profiler = decoder.run, torch.profiler.profile()
     def named(name, *do):
         with torch.profiler.record_function(name):
             return run(name, *do)
     decoder.run = named
-    with torch.profiler.profile() as profiler:
+    with silenced():
+        profiler.start()
+    try:
         yield
-    with replacing(path) as (temporary,):
+    finally:
+        with silenced():
+            profiler.stop()
+    with replacing(path) as (temporary,), silenced():
         profiler.export_chrome_trace(str(temporary))
         if not temporary.exists():                  # after a failure torch only prints something and leaves a file
             temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)

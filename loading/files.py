@@ -1,10 +1,16 @@
 """Files and hubs: where a file is found, how JSON is read, how nothing half-written is ever met."""
+import errno
 import json
 import os
+import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+LARGEST = 2 ** 28       # bytes or characters that are read of a file at once
+MODEL_FILES = ("*.safetensors", "*.index.json", "pytorch_model*.bin", "medusa_lm_head.pt", "*config.json", "tokenizer*",
+               "*tokens*.json", "chat_template*", "tree.json")
 
 class UserError(Exception):
     """Something the user can mend: the text says what was wrong and what to do. Scripts print it and exit with 2."""
@@ -45,10 +51,28 @@ def download(repo: str, filename: str, revision, required: bool, repo_type: str)
         reason = str(error).partition("\n")[0]
         raise UserError(f"{repo}: no such folder here, and the hub says: {reason}") from error
 
+def opened(path):
+    """As open(path, "rb"), but a FIFO that nobody writes to is empty, and a device, which may have no end, an OSError."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    mode = os.fstat(file.fileno()).st_mode
+    if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) and not file.isatty():
+        file.close()
+        raise OSError(errno.ENODEV, "it is a device")
+    os.set_blocking(file.fileno(), True)
+    return file
+
+def read_bytes(path, most: int = LARGEST) -> bytes:
+    """All of a file. OSError: it is longer than that."""
+    with opened(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most / 1e6:.0f} MB")
+    return data
+
 def read_json(path) -> dict:
     """A JSON object; UserError says which file is missing or damaged, and where."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(read_bytes(path).decode())
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -57,21 +81,44 @@ def read_json(path) -> dict:
         raise UserError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     return data
 
+def keep_sources(written, sources) -> None:
+    """UserError: one of the paths to be written is one of the files that are read, by whatever name. sources: files, or
+    folders with a model or heads; what does not exist, and None, counts for nothing."""
+    known = set()
+    for source in map(os.path.expanduser, filter(None, sources)):
+        files = [f for name in MODEL_FILES for f in Path(source).glob(name)] if os.path.isdir(source) else [source]
+        known |= {(s.st_dev, s.st_ino) for s in map(os.stat, filter(os.path.exists, files))}
+    for path in filter(os.path.exists, filter(None, written)):
+        if (os.stat(path).st_dev, os.stat(path).st_ino) in known:
+            raise UserError(f"{path} is the source itself: give what is written another name")
+
+def writable(path) -> Path:
+    """The file that a path names, be it there or not; of a link its target, so that the link stays one. UserError: it
+    can't be one, or something else is there, which a file would replace: a folder, a device, a FIFO, a socket."""
+    try:
+        file = Path(os.path.realpath(path))
+        if file.is_symlink() or os.path.exists(path or ".") and not os.path.isfile(path):
+            raise UserError(f"can't write {path}: it is not a regular file")
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't write {path}: {error}") from error
+    return file
+
 @contextmanager
 def replacing(*paths):
-    """Temporary paths to write to, renamed to `paths` when all is written: no reader ever meets half a file."""
-    paths = [Path(path) for path in paths]
-    temporary = [path.parent / f".tmp{os.getpid()}.{path.name}" for path in paths]
+    """Temporary paths to write to, renamed to `paths` when all is written: no reader ever meets half a file. UserError:
+    see `writable`."""
+    files = [writable(path) for path in paths]
+    temporary = [file.parent / f".tmp{os.getpid()}.{file.name}" for file in files]
     at = paths[0]
     try:
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         umask = os.umask(0o077)
         os.umask(umask)
-        for at, written in zip(paths, temporary, strict=True):
+        for at, file, written in zip(paths, files, temporary, strict=True):
             written.chmod(0o666 & ~umask)            # safetensors makes files that only their owner may read
-            os.replace(written, at)
+            os.replace(written, file)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, RuntimeError) and "allocate" in str(error):

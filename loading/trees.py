@@ -1,8 +1,7 @@
 """Trees as lists of paths of ranks: the published one, tree.json and its modes, every check of them, a drawing."""
 import json
 import re
-from pathlib import Path
-from loading.files import UserError, locate
+from loading.files import UserError, locate, read_bytes
 
 DEEPEST, LARGEST = 64, 2048     # paths: deeper than the rotary table allows for; larger than their tables should get
 
@@ -59,6 +58,13 @@ def by_temperature(entry: dict) -> dict:
     except (AttributeError, TypeError, ValueError):
         raise UserError("the tree: 'temperatures' must be an object of objects by temperature") from None
 
+def modes_of(tree: dict) -> dict:
+    """name → entry, of a tree.json. UserError: they are no objects."""
+    modes = tree.get("modes", {})
+    if not isinstance(modes, dict) or not all(isinstance(entry, dict) for entry in modes.values()):
+        raise UserError("the tree: 'modes' must be an object of objects")
+    return modes
+
 def parse_tree(text, mode: str | None = None, rows: int = 1, temperature: float = 0.0) -> tuple[list, str | None]:
     """A tree from JSON, text or a file: a list of paths, or an object whose `paths` is one → the paths and a remark.
     Where such an object has been tuned for `mode` ("cpu", "cpu batch 8", ..), in `modes`, that entry's count: the one
@@ -66,7 +72,7 @@ def parse_tree(text, mode: str | None = None, rows: int = 1, temperature: float 
     source = str(text).strip()
     if source[:1] not in ("[", "{"):
         try:
-            source = Path(text).read_text(encoding="utf-8")
+            source = read_bytes(text, 2 ** 24).decode()
         except (OSError, ValueError) as error:
             raise UserError(f"can't read the tree {text}: {error}") from error
     try:
@@ -75,9 +81,7 @@ def parse_tree(text, mode: str | None = None, rows: int = 1, temperature: float 
         raise UserError(f"the tree is not valid JSON: {error}") from error
     if not isinstance(tree, dict):
         return tree, None
-    modes = tree.get("modes", {})
-    if not isinstance(modes, dict) or not all(isinstance(entry, dict) for entry in (*modes.values(), tree)):
-        raise UserError("the tree: 'modes' must be an object of objects")
+    modes = modes_of(tree)
     named = {name: re.fullmatch(rf"{mode}(?: batch (\d{{1,9}}))?", name) for name in modes}
     tuned = {int(match[1] or 1): modes[name] for name, match in named.items() if match}
     found = by_temperature(tuned.get(max((n for n in tuned if n <= rows), default=None), tree))
