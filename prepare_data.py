@@ -24,11 +24,11 @@ from extras.command_line import ArgumentParser, command_line, row_seed, set_thre
 from extras.options import prepare_options
 from fast import engines
 from llama import LlamaConfig
-from loading.checkpoint import TORCH_DTYPES
+from loading.checkpoint import TORCH_DTYPES, weight_files
 from loading.config import check_prompts
 from loading.documents import (BATCH, HELD_OUT, Partial, beside, conversations, document, openings_of, texts,
                                write_tokens)
-from loading.files import UserError, keep_sources, locate, model_name
+from loading.files import UserError, keep_sources, locate, model_name, sha256
 from loading.templates import question
 from loading.tokenizer import Tokenizer
 from tinymedusa import Decoder, Sampling, Tree
@@ -179,11 +179,11 @@ def decoder_of(args) -> Decoder:
 def distilled(args, items: dict, tokenizer: Tokenizer, out: Path, source: dict) -> dict:
     """Writes the token file of the model's own text for the items → its facts. A stop leaves a `Partial` beside it."""
     decoder, talks = decoder_of(args), bool(args.sharegpt or args.first_words)
-    config, weights = decoder.model.config, [float(w.flatten()[0]) for w in decoder.model.state_dict().values()]
+    config, weights = decoder.model.config, [sha256(file) for file in weight_files(args.model)]
     if not talks:
         items = dict(zip(items, tokenizer.encode_batch(list(items.values())), strict=True))
         check_prompts(list(items.values()), config)
-    partial = Partial(out, source, [items, weights, tokenizer.sha256()])
+    partial = Partial(out, source, [items, str(config), weights, tokenizer.sha256()])
     write = lambda prompts, seeds: batches.generate(decoder, prompts, args.max_new_tokens, seeds, args.batch_size)
     answers = lambda turn, prompts: remembered(turn, prompts, write, partial)
     try:

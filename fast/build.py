@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import lru_cache
@@ -32,7 +33,6 @@ def processor() -> str:
 
 def compile_to(file: Path, command: list[str]) -> None:
     """Compile into `file`, whole or not at all, whoever else does. Its last 32 bytes are the hash of those before."""
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder, "native.so")
         done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
@@ -44,6 +44,12 @@ def compile_to(file: Path, command: list[str]) -> None:
         code = made.read_bytes()
         made.write_bytes(code + hashlib.sha256(code).digest())
         os.replace(made, file)
+
+def check_owner(folder: Path) -> None:
+    """OSError: somebody else made the folder or may write to it, and what is in it is run."""
+    made = folder.lstat()
+    if not stat.S_ISDIR(made.st_mode) or made.st_uid != os.getuid() or made.st_mode & 0o022:
+        raise OSError(f"{folder} is no folder that only you can write to")
 
 def is_whole(file: Path) -> bool:
     code = file.read_bytes() if file.is_file() else b""
@@ -63,6 +69,8 @@ def library(*options: str) -> ctypes.CDLL:
     for folder in folders():
         file = folder / f"native-{key[:24]}.so"
         try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            check_owner(folder)
             if not is_whole(file):
                 compile_to(file, command)
             return ctypes.CDLL(str(file))

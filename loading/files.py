@@ -1,5 +1,6 @@
 """Files and hubs: where a file is found, how JSON is read, how nothing half-written is ever met."""
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -80,6 +81,10 @@ def read_json(path) -> dict:
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     return data
+
+def sha256(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 def keep_sources(written, sources) -> None:
     """UserError: one of the paths to be written is one of the files that are read, by whatever name. sources: files, or
