@@ -209,8 +209,9 @@ def prepare(args) -> tuple[str, dict]:
     items, out = source_items(args), Path(args.out)
     if world > 1:
         out = out.with_name(f"{out.stem}-{rank:05d}-of-{world:05d}{out.suffix}")
-    keep_sources([*beside(out), f"{out}.partial"], [args.text, args.sharegpt, args.openings, args.tinystories,
-                                                    args.heads, tokenizer.path.parent])
+    stories = args.tinystories and Path(args.tinystories, TINYSTORIES[args.split or "train"])
+    keep_sources([*beside(out), f"{out}.partial"],
+                 [args.text, args.sharegpt, args.openings, stories, args.heads, tokenizer.path.parent])
     free = ("model", "out", "device", "threads", "heads", "batch_size", "fast")
     options = {k: v for k, v in vars(args).items() if v and k not in free}
     source = {"model": model_name(args.model)} | {

@@ -44,7 +44,8 @@ threads = lambda text: text if text == "auto" else number(int, 1, 1024)(text)   
 def shard() -> tuple[int, int]:
     """(rank, processes) as torchrun says it; alone (0, 1). Process r takes every item whose index is r modulo them."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and world.isdecimal() and int(rank) < int(world)):
+    counted = all(text.isdecimal() and len(text) < 9 for text in (rank, world))
+    if not counted or int(rank) >= int(world):
         raise UserError(f"RANK is {rank!r} of WORLD_SIZE {world!r}: unset both, or start with torchrun, which sets them")
     return int(rank), int(world)
 

@@ -191,13 +191,14 @@ def save_trees(folder: Path, found: dict, nodes: int) -> dict:
     return {t: Tree.from_paths(entry["paths"]) for t, entry in entries.items()}
 
 def report(result: dict) -> str:
+    number = lambda v: f"{'-' if v is None else f'{v:.3f}':>7}"
     lines = [f"{result['out']}: {result['kind']}, {result['parameters']} parameters"]
     for found in (result, *result["sampled"]):
         lines += [f"temperature {found['temperature']}: {found['documents']} documents",
                   f"base model: {found['base_loss']} nats per token",
                   "top: share of the tokens to learn among the head's first 1, 2, .. 10 guesses",
                   "head   loss  " + "".join(f"{f'top-{r}':>7}" for r in range(1, 11))]
-        lines += [f"{k:>4}{loss:>7.3f}  " + "".join(f"{v:>7.3f}" for v in top) if top else f"{k:>4}  no label"
+        lines += [f"{k:>4}{number(loss)}  " + "".join(map(number, top or []))
                   for k, (loss, top) in enumerate(zip(found["head_loss"], found["top"], strict=True), 1)]
         lines += accepted(found["acceptance"])
     return "\n".join(lines)
