@@ -12,12 +12,14 @@ readers expect, the ids as uint16 or uint32; what lies beside it is told in load
 if __name__ == "__main__":      # Ctrl-C while torch is imported: an end without a traceback, as `command_line`'s later
     import signal
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN or signal.signal(signal.SIGINT, signal.SIG_DFL)
+import hashlib
 import re
 import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from extras.command_line import ArgumentParser, command_line, row_seed, set_threads, shard
@@ -28,7 +30,7 @@ from loading.checkpoint import TORCH_DTYPES, weight_files
 from loading.config import check_prompts
 from loading.documents import (BATCH, HELD_OUT, Partial, beside, conversations, document, openings_of, texts,
                                write_tokens)
-from loading.files import UserError, keep_sources, locate, model_name, sha256
+from loading.files import UserError, keep_sources, locate, model_name
 from loading.templates import question
 from loading.tokenizer import Tokenizer
 from tinymedusa import Decoder, Sampling, Tree
@@ -179,7 +181,8 @@ def decoder_of(args) -> Decoder:
 def distilled(args, items: dict, tokenizer: Tokenizer, out: Path, source: dict) -> dict:
     """Writes the token file of the model's own text for the items → its facts. A stop leaves a `Partial` beside it."""
     decoder, talks = decoder_of(args), bool(args.sharegpt or args.first_words)
-    config, weights = decoder.model.config, [sha256(file) for file in weight_files(args.model)]
+    config, weights = decoder.model.config, [hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()
+                                             for file in weight_files(args.model)]
     if not talks:
         items = dict(zip(items, tokenizer.encode_batch(list(items.values())), strict=True))
         check_prompts(list(items.values()), config)

@@ -32,14 +32,14 @@ from tqdm import tqdm
 from extras.command_line import ArgumentParser, command_line, set_threads, shard
 from extras.forecast import noise_given, simulate
 from extras.options import HEADS_FIRST, check_train_options, train_options
-from extras.training import (all_reduce, check_out, claimed, end_processes, hidden_file, interruptible, known,
+from extras.training import (all_reduce, claimed, end_processes, hidden_file, interruptible, known,
                              load_checkpoint, metrics_of, metrics_until, report, save_checkpoint, save_results,
                              save_trees, settings, start_processes)
 from llama import Llama, LlamaConfig
 from loading.checkpoint import find
-from loading.documents import HELD_OUT, Document, read_tokens
+from loading.documents import HELD_OUT, Document, beside, read_tokens
 from loading.export import export
-from loading.files import UserError, write_atomic
+from loading.files import UserError, keep_sources, write_atomic
 from loading.tokenizer import Tokenizer
 from tinymedusa import GREEDY, MedusaHeads, Sampling, Tree, perturbed, warp
 from variants.heads import build_heads, draftable, ids_of, load_heads, token_map_of
@@ -47,6 +47,7 @@ from variants.medusa2 import Joint
 
 IGNORE = -100           # cross_entropy's own mark for positions that carry no loss
 MISS = 2 ** 30          # the rank of a token that a head can't draft, or of no label
+WRITTEN = "config.json", "model.safetensors", "tree.json", "metrics.jsonl", "checkpoint.pt"      # to --out
 LOGITS = 2 ** 22        # logits in memory at once: positions are taken in chunks of LOGITS / (K D)
 
 def length_batches(documents: list, tokens: int, seed: int) -> list[list]:
@@ -272,27 +273,6 @@ def train_step(model: Llama, heads: MedusaHeads, batches: list, backward, weight
     all_reduce(sums, *(p.grad for p in trained))
     return sums, torch.stack((drafted, labels, labels)), int(tokens[0]), bool(tokens[1])
 
-def steps_of(documents: list, args) -> tuple[list[list], int]:
-    """The batches of each step, and how many steps warm up."""
-    batches = [b for epoch in range(args.epochs)
-               for b in length_batches(documents, args.batch_tokens, args.seed + epoch)]
-    steps = [batches[i:i + args.accumulate] for i in range(0, len(batches), args.accumulate)]
-    warmup = min(40, len(steps) // 10) if args.warmup is None else args.warmup
-    if warmup >= len(steps):
-        print(f"--warmup {warmup} exceeds the run of {len(steps)} steps: --lr is never reached", file=sys.stderr)
-    return steps, warmup
-
-def warn_of_labels(heads: MedusaHeads, documents: list) -> None:
-    """A line on stderr names the heads that have no label in any document."""
-    without = torch.ones(len(heads), dtype=torch.bool, device=next(heads.parameters()).device)
-    for d in documents:
-        without &= (draft_labels(heads, make_batch([d], len(heads)).labels.to(without.device)) == IGNORE).all(1)
-        if not without.any():
-            return
-    names = " and ".join(str(k) for k, alone in enumerate(without.tolist(), 1) if alone)
-    print(f"no label for head {names} in the data, so it learns nothing: give longer texts, or fewer --num-heads",
-          file=sys.stderr)
-
 def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
     """Trains the heads in place, and with args.medusa_2 the base model; writes metrics.jsonl and checkpoint.pt to out.
     Everything of a step follows from the seed and its number, the data's order too, so a resumed training has the very
@@ -302,8 +282,12 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
     groups = [{"params": list(heads.parameters()), "rate": args.lr}]
     groups += [{"params": list(model.parameters()), "rate": args.base_lr}] if joint else []
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
-    steps, warmup = steps_of(documents, args)
-    last = len(steps)
+    batches = [b for epoch in range(args.epochs)
+               for b in length_batches(documents, args.batch_tokens, args.seed + epoch)]
+    steps = -(-len(batches) // args.accumulate)
+    warmup = min(40, steps // 10) if args.warmup is None else args.warmup
+    if warmup >= steps:
+        print(f"--warmup {warmup} exceeds the run of {steps} steps: --lr is never reached", file=sys.stderr)
     weights = args.coefficient * args.decay ** torch.arange(1, len(heads) + 1).to(groups[0]["params"][0])     # [K]
     checkpoint, first, fixed, done = Path(args.out) / "checkpoint.pt", shard()[0] == 0, settings(args), 0
     if args.resume:
@@ -311,40 +295,42 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
     elif checkpoint.exists():
         raise UserError(f"{checkpoint} is left from a training that was stopped: add --resume, or delete it")
     log = metrics_until(metrics := Path(args.out) / "metrics.jsonl", done)
-    if first:
-        warn_of_labels(heads, documents)
-    with tqdm(total=last, initial=done, desc="training heads", unit=" steps", disable=not first) as bar, \
+    with tqdm(total=steps, initial=done, desc="training heads", unit=" steps", disable=not first) as bar, \
             interruptible() as received:
-        begin, seen = time.perf_counter(), 0
-        for step, batches in enumerate(steps[done:], done + 1):
-            together = joint and step > HEADS_FIRST * last
+        begin, seen, labels = time.perf_counter(), 0, 0
+        for step in range(done + 1, steps + 1):
+            together = joint and step > HEADS_FIRST * steps
             model.requires_grad_(bool(together))
             trained = [p for group in groups[:2 if together else 1] for p in group["params"]]
-            rate = learning_rate(step - 1, last, warmup, args.schedule)
+            rate = learning_rate(step - 1, steps, warmup, args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
-            logged = step == last or step % args.log_every == 0
-            sums, counts, tokens, stop = train_step(model, heads, batches, joint if together else backward, weights,
-                                                    trained, args, logged, bool(received))
+            logged = step == steps or step % args.log_every == 0
+            sums, counts, tokens, stop = train_step(
+                model, heads, batches[(step - 1) * args.accumulate:step * args.accumulate],
+                joint if together else backward, weights, trained, args, logged, bool(received))
             if args.clip:
                 torch.nn.utils.clip_grad_norm_(trained, args.clip)
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
-            seen += tokens
+            seen, labels = seen + tokens, labels + counts[0]
             if logged:
                 speed = {"lr": rate * args.lr, "tokens_per_second": seen / (time.perf_counter() - begin)}
                 log.append(line := metrics_of(step, sums, counts, weights) | speed)
                 bar.set_postfix(loss=f"{line['loss']:.3f}", top1=" ".join(f"{v or 0:.2f}" for v in line["top1"]))
             if first and (logged or stop):
                 write_atomic(metrics, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in log)))
-            if step < last and (stop or step % args.save_every == 0):
+            if step < steps and (stop or step % args.save_every == 0):
                 if first:
                     save_checkpoint(checkpoint, model, heads, optimizer, step, fixed)
                 if stop:
                     all_reduce(torch.zeros(1, device=weights.device))      # none leaves before all are here
                     raise KeyboardInterrupt
     model.requires_grad_(False)
+    if first and (without := [str(k) for k, count in enumerate(labels.tolist(), 1) if not count]):
+        print(f"no label for head {' and '.join(without)} in steps {done + 1} to {steps}, so it learned nothing: give "
+              "longer texts, or fewer --num-heads", file=sys.stderr)
 
 def arguments(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], epilog="Examples: at the top of train_heads.py.")
@@ -400,9 +386,15 @@ def untrained(args, model: Llama, documents: list) -> MedusaHeads:
 
 def main():
     args = arguments()
-    check_out(args)
+    if Path(args.out).is_file():
+        raise UserError(f"{args.out} is a file: --out names a folder")
+    if Path(args.out).resolve() == Path(args.model).resolve():
+        raise UserError(f"{args.out} is the model's own folder: give --out another one, such as {args.out}/medusa")
     if "export" in args:
         return print(exported(args))
+    if not args.eval:
+        keep_sources((Path(args.out, folder, name) for folder in ("", "medusa") for name in WRITTEN),
+                     [args.model, *(file for path in args.data for file in beside(path))])
     start_processes(args)
     torch.manual_seed(args.seed)
     model = Llama.from_pretrained(args.model, device=args.device, dtype=torch.float32 if args.medusa_2 else None)

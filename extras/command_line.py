@@ -44,9 +44,8 @@ threads = lambda text: text if text == "auto" else number(int, 1, 1024)(text)   
 def shard() -> tuple[int, int]:
     """(rank, processes) as torchrun says it; alone (0, 1). Process r takes every item whose index is r modulo them."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    counted = all(text.isdecimal() and len(text) < 9 for text in (rank, world))
-    if not counted or int(rank) >= int(world):
-        raise UserError(f"RANK is {rank!r} of WORLD_SIZE {world!r}: unset both, or start with torchrun, which sets them")
+    if not all(text.isdecimal() and len(text) < 9 for text in (rank, world)) or int(rank) >= int(world):
+        raise UserError(f"RANK is {rank[:9]!r} of WORLD_SIZE {world[:9]!r}: unset both, or start with torchrun")
     return int(rank), int(world)
 
 def set_threads(model: Llama, threads: int | str = "auto", rows: int = 1) -> None:

@@ -22,39 +22,24 @@ def figures(tokens: int, texts: int, accepted: Counter, seconds: float, stages: 
             "seconds": round(seconds, 6), "tokens_per_second": round(tokens / seconds, 2), "stages": totals}
 
 @contextmanager
-def silenced():
-    """Nothing goes to stderr meanwhile, not even from compiled code."""
-    stderr = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-
-@contextmanager
 def traced(decoder: Decoder, path: Path | None):
     """Write a trace of what the decoder does meanwhile, its stages named; path None: nothing."""
     if path is None:
         yield
         return
     writable(path)                                  # or an error, before the work
-    run, profiler = decoder.run, torch.profiler.profile()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler's own lines are on stderr
+    run = decoder.run
     def named(name, *do):
         with torch.profiler.record_function(name):
             return run(name, *do)
     decoder.run = named
-    with silenced():
-        profiler.start()
-    try:
+    with torch.profiler.profile() as profiler:
         yield
-    finally:
-        with silenced():
-            profiler.stop()
-    with replacing(path) as (temporary,), silenced():
+    with replacing(path) as (temporary,):
+        temporary.touch()                           # where that fails, it is our error
         profiler.export_chrome_trace(str(temporary))
-        if not temporary.exists():                  # after a failure torch only prints something and leaves a file
+        if not temporary.stat().st_size:            # after a failure torch raises nothing and leaves a file
             temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)
             raise UserError("can't write the trace: is the disk full?")
 

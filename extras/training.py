@@ -18,25 +18,10 @@ from extras.command_line import shard
 from extras.forecast import grow_tree, joint_hits
 from llama import Llama
 from loading.checkpoint import TORCH_DTYPES
-from loading.documents import beside
-from loading.files import (UserError, keep_sources, locate, model_name, read_json, writable, write_atomic,
-                           write_json)
+from loading.files import UserError, locate, model_name, read_json, writable, write_atomic, write_json
 from loading.trees import with_temperatures
 from tinymedusa import MedusaHeads, Tree
 from variants.heads import save as save_heads
-
-WRITTEN = ("config.json", "model.safetensors", "tree.json", "metrics.jsonl", "checkpoint.pt")
-
-def check_out(args) -> None:
-    """UserError: --out is no folder of its own, or a file in it that would be written is one of those that are read."""
-    out = Path(args.out)
-    if out.is_file():
-        raise UserError(f"{out} is a file: --out names a folder")
-    if out.resolve() == Path(args.model).resolve():
-        raise UserError(f"{out} is the model's own folder: give --out another one, such as {out}/medusa")
-    written = [folder / name for folder in (out, out / "medusa") for name in WRITTEN]
-    if args.data and not args.eval:
-        keep_sources(written, [args.model, *(file for path in args.data for file in beside(path))])
 
 def start_processes(args) -> None:
     """Join the other processes that torchrun has started, if any; on GPUs each takes its own."""

@@ -14,7 +14,7 @@ from loading.config import check_prompts
 from loading.documents import Document, document, openings_of
 from loading.files import UserError, keep_sources, read_json, writable, write_json
 from loading.tokenizer import Tokenizer
-from loading.trees import by_temperature, drawing, modes_of, with_temperatures
+from loading.trees import by_temperature, drawing, parse_tree, with_temperatures
 from tinymedusa import ROOT, MedusaHeads, Tree
 from variants import batches
 
@@ -35,7 +35,7 @@ def own_texts(model: Llama, tokenizer: Tokenizer, args) -> list[Document]:
     return [document((prompt, False), (new[i], True)) for i, prompt in enumerate(prompts)]
 
 def turn_seconds(model: Llama, heads: MedusaHeads, trees: list, prompts: list, args) -> list[float]:
-    """Seconds of a whole decoding step with each tree (None: plain), behind the prompts: the lower quartile of a few."""
+    """Seconds of a whole decoding step with each tree (None: plain) behind the prompts: the lower quartile of a few."""
     found = []
     for tree in trees:
         decoder, seconds = engines.decoder(model, tree and heads, tree or ROOT, args.sampling, eos=()), []
@@ -59,8 +59,8 @@ def step_seconds(model: Llama, heads: MedusaHeads, trees: list, prompts: list, a
         spread = max(times[len(turns) // 2] / times[0] for times in ordered)
         if spread < SPREAD and min(seconds) > seconds[0] / CHEAPER:
             return seconds
-    print(f"--tune: something else runs on this machine: steps took up to {spread:.1f} times their best, and one with a "
-          f"tree {min(seconds) / seconds[0]:.2f} plain steps; try again when it is quiet", file=sys.stderr)
+    print(f"--tune: something else runs on this machine: steps took up to {spread:.1f} times their best, and one with "
+          f"a tree {min(seconds) / seconds[0]:.2f} plain steps; try again when it is quiet", file=sys.stderr)
     return seconds
 
 def grown_trees(hits: dict, heads: MedusaHeads) -> list[Tree]:
@@ -71,30 +71,6 @@ def grown_trees(hits: dict, heads: MedusaHeads) -> list[Tree]:
              if (paths := grow_tree(hits, nodes - 1, deepest))}
     return [Tree.from_paths(paths) for paths in grown.values()]
 
-def trees_before(path, name: str, openings) -> tuple[dict, dict]:
-    """What is in the file that `tune` writes to, and of it the trees of a mode by temperature. UserError: a tree can't
-    be added to it."""
-    keep_sources([path], [openings])
-    before = read_json(path) if writable(path).exists() else {}
-    try:
-        modes = modes_of(before)
-        found = by_temperature(modes[name]) if name in modes else {}
-        entries = [*by_temperature(before).values(), *found.values()] if before else []
-        if not all(isinstance(entry.get("paths"), list) for entry in entries):
-            raise UserError("'paths' must be a list")
-    except UserError as error:
-        raise UserError(f"{path} is not a tree.json: {error}: delete it, or name another one with --tree") from error
-    return before, found
-
-def rated(trees: list, costs: list[float], ranks: list, own: list, batch: int) -> list[dict]:
-    """What each tree forecasts and costs. costs: seconds of a step; ranks, own: see `simulate`."""
-    rows = []
-    for tree, cost in zip(trees, costs, strict=True):
-        per_step = simulate(tree, ranks, own)["tokens_per_step"]
-        rows.append({"nodes": len(tree.paths), "depth": len(tree.paths[-1]), "tokens_per_step": per_step,
-                     "step_ms": round(1000 * cost, 4), "tokens_per_second": round(batch * per_step / cost, 1)})
-    return rows
-
 def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads | None, path: str, evaluate, args) -> None:
     """Writes to `path`, for this device and --batch-size, the tree with the most expected tokens per second here, or
     the root alone where none beats plain decoding by 3 %. Every second text grows the trees, the others forecast their
@@ -104,7 +80,14 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads | None, path: st
                         "--tune forecasts acceptance by match: leave out --acceptance")
     batch, name = args.batch_size, engines.mode(model)
     name += f" batch {batch}" if batch > 1 else ""
-    before, found = trees_before(path, name, args.tune)
+    keep_sources([path], [args.tune])
+    before, found = read_json(path) if writable(path).exists() else {"paths": []}, {}
+    try:                                            # an error comes before the work
+        parse_tree(json.dumps(before))
+        if name in (modes := before.get("modes", {})):
+            found = {t: e for t, e in by_temperature(modes[name]).items() if "paths" in e}
+    except UserError as error:
+        raise UserError(f"{path}: {error}: delete it, or name another one with --tree") from error
     documents = own_texts(model, tokenizer, args)
     halves = documents[::2], documents[1::2]
     ranks, own = zip(*(evaluate(model, heads, half, 4096, args.sampling)[1:] for half in halves), strict=True)
@@ -115,7 +98,11 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads | None, path: st
     set_threads(model, args.threads, batch)
     longest = max(documents, key=len).ids
     plain, *costs = step_seconds(model, heads, [None, *trees], [longest[:len(longest) // 2].tolist()] * batch, args)
-    rows = rated(trees, costs, ranks[1], own[1], batch)
+    rows = []
+    for tree, cost in zip(trees, costs, strict=True):
+        per_step = simulate(tree, ranks[1], own[1])["tokens_per_step"]
+        rows.append({"nodes": len(tree.paths), "depth": len(tree.paths[-1]), "tokens_per_step": per_step,
+                     "step_ms": round(1000 * cost, 4), "tokens_per_second": round(batch * per_step / cost, 1)})
     best = max(range(len(rows)), key=lambda i: rows[i]["tokens_per_second"])
     chosen, places = rows[best], sum(rank.shape[1] for rank in ranks[0])
     pays, paths = chosen["tokens_per_second"] * plain > 1.03 * batch, [list(p) for p in trees[best].paths[1:]]
@@ -131,7 +118,7 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads | None, path: st
     entry = with_temperatures(found | {args.temperature: tuned})
     plain_entries = {t: {"paths": e["paths"], "sampling": {"temperature": t}} for t, e in by_temperature(entry).items()}
     top = with_temperatures(plain_entries)          # for library users and other devices
-    write_json(path, (top if name == "cpu" else top | before) | {"modes": modes_of(before) | {name: entry}})
+    write_json(path, (top if name == "cpu" else top | before) | {"modes": modes | {name: entry}})
     if args.json:
         return print(json.dumps({"tree": path, "mode": name, **tuned}))
     print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}\n"

@@ -45,12 +45,6 @@ def compile_to(file: Path, command: list[str]) -> None:
         made.write_bytes(code + hashlib.sha256(code).digest())
         os.replace(made, file)
 
-def check_owner(folder: Path) -> None:
-    """OSError: somebody else made the folder or may write to it, and what is in it is run."""
-    made = folder.lstat()
-    if not stat.S_ISDIR(made.st_mode) or made.st_uid != os.getuid() or made.st_mode & 0o022:
-        raise OSError(f"{folder} is no folder that only you can write to")
-
 def is_whole(file: Path) -> bool:
     code = file.read_bytes() if file.is_file() else b""
     return hashlib.sha256(code[:-32]).digest() == code[-32:]
@@ -70,7 +64,9 @@ def library(*options: str) -> ctypes.CDLL:
         file = folder / f"native-{key[:24]}.so"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            check_owner(folder)
+            made = folder.lstat()                   # what is in it is run, and others can make one in /tmp
+            if not stat.S_ISDIR(made.st_mode) or made.st_uid != os.getuid() or made.st_mode & 0o022:
+                raise OSError(f"{folder} is no folder that only you can write to")
             if not is_whole(file):
                 compile_to(file, command)
             return ctypes.CDLL(str(file))

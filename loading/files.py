@@ -1,6 +1,5 @@
 """Files and hubs: where a file is found, how JSON is read, how nothing half-written is ever met."""
 import errno
-import hashlib
 import json
 import os
 import stat
@@ -10,8 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 LARGEST = 2 ** 28       # bytes or characters that are read of a file at once
-MODEL_FILES = ("*.safetensors", "*.index.json", "pytorch_model*.bin", "medusa_lm_head.pt", "*config.json", "tokenizer*",
-               "*tokens*.json", "chat_template*", "tree.json")
+MODEL_FILES = "*.safetensors *.index.json *_model*.bin *.pt *config.json *token*.* chat_* tree.json".split()
 
 class UserError(Exception):
     """Something the user can mend: the text says what was wrong and what to do. Scripts print it and exit with 2."""
@@ -53,11 +51,9 @@ def download(repo: str, filename: str, revision, required: bool, repo_type: str)
         raise UserError(f"{repo}: no such folder here, and the hub says: {reason}") from error
 
 def opened(path):
-    """As open(path, "rb"), but a FIFO that nobody writes to is empty, and a device, which may have no end, an OSError."""
+    """As open(path, "rb"), but a FIFO without a writer is empty, and a device, which may have no end, an OSError."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
-    mode = os.fstat(file.fileno()).st_mode
-    if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) and not file.isatty():
-        file.close()
+    if stat.S_IFMT(os.fstat(file.fileno()).st_mode) in (stat.S_IFCHR, stat.S_IFBLK) and not file.isatty():
         raise OSError(errno.ENODEV, "it is a device")
     os.set_blocking(file.fileno(), True)
     return file
@@ -82,20 +78,14 @@ def read_json(path) -> dict:
         raise UserError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     return data
 
-def sha256(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
 def keep_sources(written, sources) -> None:
-    """UserError: one of the paths to be written is one of the files that are read, by whatever name. sources: files, or
-    folders with a model or heads; what does not exist, and None, counts for nothing."""
-    known = set()
-    for source in map(os.path.expanduser, filter(None, sources)):
+    """UserError: a path to be written is a file that is read, by whatever name: one of the sources, or where that is a
+    folder, of the model or heads in it. What does not exist, and None, counts for nothing."""
+    found = [file for file in map(Path, filter(None, written)) if os.path.exists(file)]
+    for source in map(os.path.expanduser, filter(os.path.exists, filter(None, sources))):
         files = [f for name in MODEL_FILES for f in Path(source).glob(name)] if os.path.isdir(source) else [source]
-        known |= {(s.st_dev, s.st_ino) for s in map(os.stat, filter(os.path.exists, files))}
-    for path in filter(os.path.exists, filter(None, written)):
-        if (os.stat(path).st_dev, os.stat(path).st_ino) in known:
-            raise UserError(f"{path} is the source itself: give what is written another name")
+        if same := [path for path in found for file in files if os.path.samefile(path, file)]:
+            raise UserError(f"{same[0]} is the source itself: give what is written another name")
 
 def writable(path) -> Path:
     """The file that a path names, be it there or not; of a link its target, so that the link stays one. UserError: it
@@ -110,8 +100,7 @@ def writable(path) -> Path:
 
 @contextmanager
 def replacing(*paths):
-    """Temporary paths to write to, renamed to `paths` when all is written: no reader ever meets half a file. UserError:
-    see `writable`."""
+    """Temporary paths to write to, renamed to `paths` when all is written: no reader ever meets half a file."""
     files = [writable(path) for path in paths]
     temporary = [file.parent / f".tmp{os.getpid()}.{file.name}" for file in files]
     at = paths[0]
@@ -121,7 +110,7 @@ def replacing(*paths):
         yield temporary
         umask = os.umask(0o077)
         os.umask(umask)
-        for at, file, written in zip(paths, files, temporary, strict=True):
+        for at, file, written in zip(paths, files, temporary, strict=True):     # noqa: B007 - `at` is for the error
             written.chmod(0o666 & ~umask)            # safetensors makes files that only their owner may read
             os.replace(written, file)
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -58,13 +58,6 @@ def by_temperature(entry: dict) -> dict:
     except (AttributeError, TypeError, ValueError):
         raise UserError("the tree: 'temperatures' must be an object of objects by temperature") from None
 
-def modes_of(tree: dict) -> dict:
-    """name → entry, of a tree.json. UserError: they are no objects."""
-    modes = tree.get("modes", {})
-    if not isinstance(modes, dict) or not all(isinstance(entry, dict) for entry in modes.values()):
-        raise UserError("the tree: 'modes' must be an object of objects")
-    return modes
-
 def parse_tree(text, mode: str | None = None, rows: int = 1, temperature: float = 0.0) -> tuple[list, str | None]:
     """A tree from JSON, text or a file: a list of paths, or an object whose `paths` is one → the paths and a remark.
     Where such an object has been tuned for `mode` ("cpu", "cpu batch 8", ..), in `modes`, that entry's count: the one
@@ -81,7 +74,9 @@ def parse_tree(text, mode: str | None = None, rows: int = 1, temperature: float 
         raise UserError(f"the tree is not valid JSON: {error}") from error
     if not isinstance(tree, dict):
         return tree, None
-    modes = modes_of(tree)
+    modes = tree.get("modes", {})
+    if not isinstance(modes, dict) or not all(isinstance(entry, dict) for entry in modes.values()):
+        raise UserError("the tree: 'modes' must be an object of objects")
     named = {name: re.fullmatch(rf"{mode}(?: batch (\d{{1,9}}))?", name) for name in modes}
     tuned = {int(match[1] or 1): modes[name] for name, match in named.items() if match}
     found = by_temperature(tuned.get(max((n for n in tuned if n <= rows), default=None), tree))

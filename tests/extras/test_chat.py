@@ -393,8 +393,8 @@ def conversation(*messages, **change) -> bytes:
 def test_no_input_ends_a_conversation_but_its_end(tiny_folder, tmp_path, cli, monkeypatch):
     """Bytes that are no text, file names that no file can have, files that are no conversation."""
     monkeypatch.chdir(tmp_path)
-    files = {"cut.json": conversation("the dog", " \ud800 ran"), "half.json": conversation("a")[:-9], "list.json": b"[]",
-             "bytes.json": b"\xff\xfe\0", "deep.json": b"[" * 10 ** 5, "name.json": conversation(template_name=["x"]),
+    files = {"cut.json": conversation("the dog", " \ud800 ran"), "half.json": conversation("a")[:-9],
+             "list.json": b"[]", "bytes.json": b"\xff\xfe\0", "deep.json": b"[" * 10 ** 5, "name.json": conversation(template_name=["x"]),
              "numbers.json": conversation(1, 2), "system.json": conversation(system_message="\udfff")}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -402,8 +402,8 @@ def test_no_input_ends_a_conversation_but_its_end(tiny_folder, tmp_path, cli, mo
     names = [b"a\0b", b"\xff", b"\xed\xa0\x80", b"x" * 300, b".", b"..", b"fifo.json", b"tiny", b"cut.json/x",
              b"/proc/self/mem", b"~", b"\xf0\x9f"]
     said = [b"the dog", *(b"!!save " + name for name in names), *(b"!!load " + name for name in names),
-            *(b"!!load " + name.encode() for name in files), b"caf\xe9 \xff\xfe \0 \xed\xa0\x80", b"!!", b"!!save", b"!!\xff",
-            b"!!load cut.json", b"!!regen", b"!!save saved"]
+            *(b"!!load " + name.encode() for name in files), b"caf\xe9 \xff\xfe \0 \xed\xa0\x80", b"!!", b"!!save",
+            b"!!\xff", b"!!load cut.json", b"!!regen", b"!!save saved"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(said)), encoding="utf-8"))
     status, out, err = cli("generate", "--model", tiny_folder, "--interactive", "--max-new-tokens", 3, "--threads", 1)
     assert status == 0 and out.endswith("> saving... saved.json\n> \nexit...\n") and "Traceback" not in out + err

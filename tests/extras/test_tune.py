@@ -198,10 +198,9 @@ GOOD = {"paths": [[0]], "modes": {"cpu": {"paths": [[0]]}}}
 
 
 @pytest.mark.parametrize("damaged", [
-    [], [[0]], 5, "text", {"paths": 5}, {"modes": {}}, {"hidden_size": 32}, GOOD | {"paths": None},
-    GOOD | {"temperatures": 3}, GOOD | {"temperatures": {"1": {}}}, *(GOOD | {"modes": modes} for modes in (
-        [], None, "text", 5, {"cpu": None}, {"cpu": []}, {"cpu": {}}, {"cpu": {"paths": "0"}},
-        {"cpu": {"paths": [], "temperatures": []}}, {"cpu": {"paths": [], "temperatures": {"1": {"paths": 5}}}},
+    [], [[0]], 5, "text", {"modes": {}}, {"hidden_size": 32},
+    GOOD | {"temperatures": 3}, *(GOOD | {"modes": modes} for modes in (
+        [], None, "text", 5, {"cpu": None}, {"cpu": []}, {"cpu": {"paths": [], "temperatures": []}},
         {"cpu": {"paths": [], "temperatures": {"x": {"paths": []}}}}))], ids=json.dumps)
 def test_a_file_that_a_tree_cannot_be_added_to_is_refused_before_the_work(damaged, tiny_folder, tmp_path, cli,
                                                                           monkeypatch):
@@ -212,6 +211,20 @@ def test_a_file_that_a_tree_cannot_be_added_to_is_refused_before_the_work(damage
         status, out, err = cli("generate", "--model", tiny_folder, "--tune", "o.txt", "--tree", file)
         assert status == 2 and not out and err.count("\n") == 1 and str(file) in err, err
         assert file.read_text(encoding="latin-1") == text
+
+
+def test_an_entry_without_a_tree_is_left_out(tiny_folder, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr("extras.tune.step_seconds", lambda model, heads, trees, ids, args: [0.001] * len(trees))
+    with_good_heads(tiny_folder)
+    (tmp_path / "o.txt").write_text("\n".join(f"the dog{' x' * i}" for i in range(12)))
+    tree = tmp_path / "t.json"
+    write_json(tree, GOOD | {"modes": {"cpu": {"temperatures": {"1.0": {}, "2.0": {"paths": [[5]]}}}, "cuda": {}}})
+    assert cli("generate", "--model", tiny_folder, "--tune", tmp_path / "o.txt", "--tree", tree, "--max-new-tokens", 30,
+               "--threads", 1)[0] == 0
+    written = json.loads(tree.read_text())
+    assert written["modes"].keys() == {"cpu", "cuda"} and list(written["modes"]["cpu"]["temperatures"]) == ["2.0"]
+    assert written["paths"] == written["modes"]["cpu"]["paths"] != []
+    assert written["temperatures"]["2.0"]["paths"] == [[5]]
 
 
 def seconds_of(monkeypatch, *turns):
@@ -234,8 +247,8 @@ def test_disturbed_timings_are_repeated_or_reported(monkeypatch, capsys):
     assert seconds_of(monkeypatch, *[plain] * 5, quiet) == (quiet, 12) and not says()
     assert seconds_of(monkeypatch, tree, tree, quiet, tree, tree, quiet) == (quiet, 12) and not says()
     assert seconds_of(monkeypatch, plain) == (plain, 18)                         # steady, and still impossible
-    assert says() == ("--tune: something else runs on this machine: steps took up to 1.0 times their best, and one with "
-                      "a tree 0.24 plain steps; try again when it is quiet")
+    assert says() == ("--tune: something else runs on this machine: steps took up to 1.0 times their best, and one "
+                      "with a tree 0.24 plain steps; try again when it is quiet")
     found, turns = seconds_of(monkeypatch, *[quiet, [3, 4, 5]] * 2, *[[2, 3, 4]] * 3, quiet, [9, 9, 9])
     assert turns == 18 and found[0] == 2 and "steps took up to 9.0 times their best" in says()
 
