@@ -12,22 +12,25 @@ readers expect, the ids as uint16 or uint32; what lies beside it is told in load
 if __name__ == "__main__":      # Ctrl-C while torch is imported: an end without a traceback, as `command_line`'s later
     import signal
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN or signal.signal(signal.SIGINT, signal.SIG_DFL)
+import hashlib
 import re
 import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from extras.command_line import ArgumentParser, command_line, row_seed, set_threads, shard
 from extras.options import prepare_options
 from fast import engines
 from llama import LlamaConfig
-from loading.checkpoint import TORCH_DTYPES
+from loading.checkpoint import TORCH_DTYPES, weight_files
 from loading.config import check_prompts
-from loading.documents import BATCH, HELD_OUT, Partial, conversations, document, openings_of, texts, write_tokens
-from loading.files import UserError, locate, model_name
+from loading.documents import (BATCH, HELD_OUT, Partial, beside, conversations, document, openings_of, texts,
+                               write_tokens)
+from loading.files import UserError, keep_sources, locate, model_name
 from loading.templates import question
 from loading.tokenizer import Tokenizer
 from tinymedusa import Decoder, Sampling, Tree
@@ -141,8 +144,6 @@ def source_items(args):
         raise UserError("--first-words makes conversations of texts: give --text or --tinystories")
     if (args.heads or args.dtype or args.fast) and not (args.distill or args.openings):
         raise UserError("--heads, --dtype and --fast are for text that the model writes: add --distill")
-    if Path(args.out).resolve() in [Path(p).resolve() for p in (args.text, args.sharegpt, args.openings) if p]:
-        raise UserError(f"{args.out} is the source itself: give --out another name")
     if args.sharegpt:
         items = conversations(args.sharegpt)
     elif args.openings:
@@ -180,11 +181,12 @@ def decoder_of(args) -> Decoder:
 def distilled(args, items: dict, tokenizer: Tokenizer, out: Path, source: dict) -> dict:
     """Writes the token file of the model's own text for the items → its facts. A stop leaves a `Partial` beside it."""
     decoder, talks = decoder_of(args), bool(args.sharegpt or args.first_words)
-    config, weights = decoder.model.config, [float(w.flatten()[0]) for w in decoder.model.state_dict().values()]
+    config, weights = decoder.model.config, [hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()
+                                             for file in weight_files(args.model)]
     if not talks:
         items = dict(zip(items, tokenizer.encode_batch(list(items.values())), strict=True))
         check_prompts(list(items.values()), config)
-    partial = Partial(out, source, [items, weights, tokenizer.sha256()])
+    partial = Partial(out, source, [items, str(config), weights, tokenizer.sha256()])
     write = lambda prompts, seeds: batches.generate(decoder, prompts, args.max_new_tokens, seeds, args.batch_size)
     answers = lambda turn, prompts: remembered(turn, prompts, write, partial)
     try:
@@ -210,6 +212,9 @@ def prepare(args) -> tuple[str, dict]:
     items, out = source_items(args), Path(args.out)
     if world > 1:
         out = out.with_name(f"{out.stem}-{rank:05d}-of-{world:05d}{out.suffix}")
+    stories = args.tinystories and Path(args.tinystories, TINYSTORIES[args.split or "train"])
+    keep_sources([*beside(out), f"{out}.partial"],
+                 [args.text, args.sharegpt, args.openings, stories, args.heads, tokenizer.path.parent])
     free = ("model", "out", "device", "threads", "heads", "batch_size", "fast")
     options = {k: v for k, v in vars(args).items() if v and k not in free}
     source = {"model": model_name(args.model)} | {

@@ -32,20 +32,22 @@ from tqdm import tqdm
 from extras.command_line import ArgumentParser, command_line, set_threads, shard
 from extras.forecast import noise_given, simulate
 from extras.options import HEADS_FIRST, check_train_options, train_options
-from extras.training import (all_reduce, claimed, end_processes, hidden_file, interruptible, load_checkpoint,
-                             metrics_of, report, save_checkpoint, save_results, save_trees, settings, start_processes)
+from extras.training import (all_reduce, claimed, end_processes, hidden_file, interruptible, known,
+                             load_checkpoint, metrics_of, metrics_until, report, save_checkpoint, save_results,
+                             save_trees, settings, start_processes)
 from llama import Llama, LlamaConfig
 from loading.checkpoint import find
-from loading.documents import HELD_OUT, Document, read_tokens
+from loading.documents import HELD_OUT, Document, beside, read_tokens
 from loading.export import export
-from loading.files import UserError, write_atomic
+from loading.files import UserError, keep_sources, write_atomic
 from loading.tokenizer import Tokenizer
 from tinymedusa import GREEDY, MedusaHeads, Sampling, Tree, perturbed, warp
-from variants.heads import build_heads, load_heads, token_map_of
+from variants.heads import build_heads, draftable, ids_of, load_heads, token_map_of
 from variants.medusa2 import Joint
 
 IGNORE = -100           # cross_entropy's own mark for positions that carry no loss
 MISS = 2 ** 30          # the rank of a token that a head can't draft, or of no label
+WRITTEN = "config.json", "model.safetensors", "tree.json", "metrics.jsonl", "checkpoint.pt"      # to --out
 LOGITS = 2 ** 22        # logits in memory at once: positions are taken in chunks of LOGITS / (K D)
 
 def length_batches(documents: list, tokens: int, seed: int) -> list[list]:
@@ -172,9 +174,7 @@ def keep_hidden(model: Llama, path, documents: list, batch_tokens: int) -> None:
 
 def teacher_of(model: Llama, heads: MedusaHeads):
     """The base model's logits for the ids that the heads may draft, from its hidden states."""
-    token_map = token_map_of(heads)
-    ids = slice(None) if token_map is None else token_map
-    return lambda hidden: model.lm_head(hidden.to(model.norm.weight.dtype))[..., ids]
+    return lambda hidden: draftable(heads, model.lm_head(hidden.to(model.norm.weight.dtype)))
 
 @torch.no_grad()
 def base_loss(model: Llama, hidden: Tensor, labels: Tensor) -> float:
@@ -212,19 +212,18 @@ def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: in
         owns += batch.own.cpu().split(sizes)
     if not ranks:
         raise UserError("the documents hold nothing for the heads to guess: give longer ones")
-    every = torch.cat(ranks, 1)
+    every, labels = torch.cat(ranks, 1), labels.cpu()
+    drafted = (every < MISS).sum(1)
+    top = torch.stack([(every <= r).sum(1) / labels.clamp(min=1) for r in range(10)], 1)                     # [K, 10]
     rounded = lambda values: [round(v, 4) for v in values.tolist()]
-    drafted = (every < MISS).sum(1).clamp(min=1)
-    top = torch.stack([(every <= r).sum(1) / labels.cpu().clamp(min=1) for r in range(10)], 1)               # [K, 10]
-    return {"documents": len(documents), "head_loss": rounded(losses.cpu() / drafted),
-            "top": [rounded(head) for head in top], "base_loss": round(loss / max(1, tokens), 4)}, ranks, owns
+    return {"documents": len(documents), "head_loss": known(rounded(losses.cpu() / drafted.clamp(min=1)), drafted),
+            "top": known([rounded(head) for head in top], labels),
+            "base_loss": round(loss / max(1, tokens), 4)}, ranks, owns
 
 def noise_of(model: Llama, heads: MedusaHeads, hidden: Tensor, labels: Tensor, sampling: Sampling, generator):
     """Noise by which the base model samples what the heads should guess: hidden [K, n, H], labels [K, n] → [.., D]."""
-    token_map, ids = token_map_of(heads), labels.clamp(min=0)
-    ids = ids if token_map is None else token_map[ids]
-    noise = noise_given(warp(model.lm_head(hidden), sampling), ids, generator)
-    return noise if token_map is None else noise[..., token_map]
+    ids = ids_of(heads, labels.clamp(min=0))
+    return draftable(heads, noise_given(warp(model.lm_head(hidden), sampling), ids, generator))
 
 def learning_rate(step: int, steps: int, warmup: int, schedule: str) -> float:
     """The share of the full rate: linear warm-up, then a cosine to zero, or constant."""
@@ -254,11 +253,11 @@ def backward(model: Llama, heads: MedusaHeads, batch: Batch, weights: Tensor, ba
     return head_backward(model, heads, batch, hidden.to(weights.dtype), weights, args, ranked)
 
 def train_step(model: Llama, heads: MedusaHeads, batches: list, backward, weights: Tensor, trained: list, args,
-               ranked: bool, stop: bool) -> tuple[Tensor, int, bool]:
+               ranked: bool, stop: bool) -> tuple[Tensor, Tensor, int, bool]:
     """Leaves in the `trained` parameters the gradient of the mean loss over the rows of some batches. Of several
     processes each takes every n-th row; sums and not means are exchanged, so that they make the very step that one
-    process would make, however many labels each has. Returns for these batches, everywhere: each head's mean loss,
-    top-1 and top-5 [3, K], the tokens with loss, and whether any process is to stop."""
+    process would make, however many labels each has. Returns for these batches, everywhere: each head's summed loss,
+    top-1 and top-5 [3, K], the labels they count [3, K], the tokens with loss, and whether any process is to stop."""
     rank, world = shard()
     own = [make_batch(rows[rank::world], len(heads)) for rows in batches if rows[rank::world]]
     own = [batch.to(model.norm.weight.device) for batch in own]
@@ -272,7 +271,7 @@ def train_step(model: Llama, heads: MedusaHeads, batches: list, backward, weight
     for p in trained:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     all_reduce(sums, *(p.grad for p in trained))
-    return sums / torch.stack((drafted, labels, labels)).clamp(min=1), int(tokens[0]), bool(tokens[1])
+    return sums, torch.stack((drafted, labels, labels)), int(tokens[0]), bool(tokens[1])
 
 def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
     """Trains the heads in place, and with args.medusa_2 the base model; writes metrics.jsonl and checkpoint.pt to out.
@@ -295,12 +294,10 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
         done = load_checkpoint(checkpoint, model, heads, optimizer, fixed)
     elif checkpoint.exists():
         raise UserError(f"{checkpoint} is left from a training that was stopped: add --resume, or delete it")
-    metrics = Path(args.out) / "metrics.jsonl"
-    log = [json.loads(line) for line in (metrics.read_text().splitlines() if done else [])]
-    log = [line for line in log if line["step"] <= done]
+    log = metrics_until(metrics := Path(args.out) / "metrics.jsonl", done)
     with tqdm(total=steps, initial=done, desc="training heads", unit=" steps", disable=not first) as bar, \
             interruptible() as received:
-        begin, seen = time.perf_counter(), 0
+        begin, seen, labels = time.perf_counter(), 0, 0
         for step in range(done + 1, steps + 1):
             together = joint and step > HEADS_FIRST * steps
             model.requires_grad_(bool(together))
@@ -309,7 +306,7 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
             logged = step == steps or step % args.log_every == 0
-            figures, tokens, stop = train_step(
+            sums, counts, tokens, stop = train_step(
                 model, heads, batches[(step - 1) * args.accumulate:step * args.accumulate],
                 joint if together else backward, weights, trained, args, logged, bool(received))
             if args.clip:
@@ -317,11 +314,11 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
-            seen += tokens
+            seen, labels = seen + tokens, labels + counts[0]
             if logged:
                 speed = {"lr": rate * args.lr, "tokens_per_second": seen / (time.perf_counter() - begin)}
-                log.append(line := metrics_of(step, figures, weights) | speed)
-                bar.set_postfix(loss=f"{line['loss']:.3f}", top1=" ".join(f"{v:.2f}" for v in line["top1"]))
+                log.append(line := metrics_of(step, sums, counts, weights) | speed)
+                bar.set_postfix(loss=f"{line['loss']:.3f}", top1=" ".join(f"{v or 0:.2f}" for v in line["top1"]))
             if first and (logged or stop):
                 write_atomic(metrics, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in log)))
             if step < steps and (stop or step % args.save_every == 0):
@@ -331,6 +328,9 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
                     all_reduce(torch.zeros(1, device=weights.device))      # none leaves before all are here
                     raise KeyboardInterrupt
     model.requires_grad_(False)
+    if first and (without := [str(k) for k, count in enumerate(labels.tolist(), 1) if not count]):
+        print(f"no label for head {' and '.join(without)} in steps {done + 1} to {steps}, so it learned nothing: give "
+              "longer texts, or fewer --num-heads", file=sys.stderr)
 
 def arguments(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], epilog="Examples: at the top of train_heads.py.")
@@ -392,6 +392,9 @@ def main():
         raise UserError(f"{args.out} is the model's own folder: give --out another one, such as {args.out}/medusa")
     if "export" in args:
         return print(exported(args))
+    if not args.eval:
+        keep_sources((Path(args.out, folder, name) for folder in ("", "medusa") for name in WRITTEN),
+                     [args.model, *(file for path in args.data for file in beside(path))])
     start_processes(args)
     torch.manual_seed(args.seed)
     model = Llama.from_pretrained(args.model, device=args.device, dtype=torch.float32 if args.medusa_2 else None)

@@ -1,11 +1,12 @@
 """A conversation in the terminal, as the original's client had it: `generate.py --interactive`."""
+import os
 import sys
 from contextlib import suppress
 from itertools import takewhile
-from pathlib import Path
 from extras.command_line import row_seed
 from extras.report import histogram, original_table, printer
 from loading.config import check_prompts
+from loading.documents import mended
 from loading.files import UserError, read_json, write_json
 from loading.templates import VICUNA, question
 from loading.tokenizer import Tokenizer
@@ -91,8 +92,8 @@ class Chat:
                 for i, m in enumerate(messages)):
             raise UserError(f"{path} is not a saved conversation: expected messages of {' and '.join(ROLES)} in turn")
         pairs = zip(messages[::2], messages[1::2], strict=False)
-        self.rounds = [[m[1], a[1], None] for m, a in pairs if m[1] is not None and a[1] is not None]
-        self.system = data["system_message"]
+        self.rounds = [[mended(m[1]), mended(a[1]), None] for m, a in pairs if m[1] is not None and a[1] is not None]
+        self.system = mended(data["system_message"])
 
 def read_message(args, label: str) -> str:
     """What the user types; with --multiline up to Ctrl-D. Empty at the end of the input."""
@@ -116,7 +117,7 @@ def command(chat: Chat, name: str, file: str) -> str | None:
         print(f"saving... {path}")
         chat.save(path)
     elif name == "!!load":
-        path = next((f for f in (file, file + ".json") if Path(f).is_file()), None)
+        path = next((f for f in (file, file + ".json") if os.path.isfile(f)), None)
         print(f"loading... {path}" if path else f"file not found: {file}")
         if path:
             chat.load(path)

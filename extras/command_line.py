@@ -16,15 +16,19 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
 
-def number(kind, least, most=float("inf")):
+COUNTABLE, FINITE = 10 ** 9, 1e30   # of options without a limit: what islice, tensors and float32 can still hold
+
+def number(kind, least, most=None):
     """An argparse type: an int or float from `least` to `most`."""
+    largest = most or (COUNTABLE if kind is int else FINITE)
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not least <= value <= most or value == float("inf"):
-            limit = f"from {least} to {most}" if most < float("inf") else f"of at least {least}"
+        if value is None or not least <= value <= largest:
+            limited = most or value is not None and value > largest
+            limit = f"from {least} to {largest}" if limited else f"of at least {least}"
             raise argparse.ArgumentTypeError(f"{text!r} is not a{' whole' if kind is int else ''} number {limit}")
         return value
     return parse
@@ -39,7 +43,10 @@ threads = lambda text: text if text == "auto" else number(int, 1, 1024)(text)   
 
 def shard() -> tuple[int, int]:
     """(rank, processes) as torchrun says it; alone (0, 1). Process r takes every item whose index is r modulo them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(text.isdecimal() and len(text) < 9 for text in (rank, world)) or int(rank) >= int(world):
+        raise UserError(f"RANK is {rank[:9]!r} of WORLD_SIZE {world[:9]!r}: unset both, or start with torchrun")
+    return int(rank), int(world)
 
 def set_threads(model: Llama, threads: int | str = "auto", rows: int = 1) -> None:
     """The engine's CPU threads: a number, or `auto`: 1 or all cores, whichever decodes `rows` rows faster here and now.
@@ -90,8 +97,9 @@ def command_line(main) -> None:
                 before[number] = signal.getsignal(number)
                 signal.signal(number, interrupt)
         sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in (sys.stdout, sys.stderr))  # where closed
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")    # a terminal without é is no reason to stop
+        sys.stdin = sys.stdin or open(os.devnull)
+        for file in filter(lambda file: hasattr(file, "reconfigure"), (sys.stdin, sys.stdout)):
+            file.reconfigure(errors="replace")      # a terminal without é, half a character: no reason to stop
         main()
         sys.stdout.flush()
     except BaseException as error:

@@ -2,11 +2,12 @@
 import argparse
 from pathlib import Path
 from extras.command_line import SEED, ArgumentParser, device, number, threads
-from loading.config import DTYPES, LONGEST
+from loading.config import DTYPES, LONGEST, MOST
 from loading.documents import HELD_OUT
 from loading.export import LAYOUTS
-from loading.files import UserError
+from loading.files import UserError, keep_sources
 from loading.heads import KINDS
+from loading.trees import LARGEST
 
 MODEL = str(Path(__file__).parent.parent / "model")
 HEADS_FIRST = 0.5       # --medusa-2: the share of the steps that trains the heads alone
@@ -74,6 +75,7 @@ def check_generate_options(args) -> None:
     for option, others in APART.items():
         if option in given and (wrong := given.intersection(others.split())):
             raise UserError(f"{option} does not go with {', '.join(sorted(wrong))}: leave out one or the other")
+    keep_sources([args.trace], [args.model, Path(args.model, "medusa"), args.heads, args.tree])
     if args.batch_size > 1 and not (args.prompts_file or args.tune):
         raise UserError("--batch-size needs --prompts-file (or --tune)")
     if args.samples > 1 and (args.interactive or args.tune or args.temperature == 0):
@@ -98,7 +100,7 @@ def prepare_options(parser: ArgumentParser) -> None:
     add("--max-new-tokens", type=number(int, 1), default=400, help="of a continuation or an answer")
     add("--temperature", type=number(float, 0), default=0.0)
     add("--seed", type=SEED, default=0, help="item i of the source draws from seed + i")
-    add("--batch-size", type=number(int, 1), default=128, help="rows written at once")
+    add("--batch-size", type=number(int, 1, 4096), default=128, help="rows written at once")
     add("--dtype", choices=DTYPES, help="of the model that writes (default: float32 on the CPU, else the checkpoint's)")
     add("--device", type=device, default="cpu")
     add("--fast", action="store_true", help="write with the engine of generate.py --fast")
@@ -115,15 +117,15 @@ def train_options(parser: ArgumentParser) -> None:
     flag("--json", "print the result as one JSON object")
     add("--kind", choices=KINDS, default="medusa", help="heads also see: nothing, the root, all drafts before")
     add("--num-heads", type=number(int, 1, 64), default=4)
-    add("--num-layers", type=number(int, 1), default=1, help="residual blocks per head")
-    add("--width", type=number(int, 1), help="inner width of the blocks (default: square, the paper's)")
-    add("--trunk", type=number(int, 1), help="inner width of a first block that all heads share")
+    add("--num-layers", type=number(int, 1, 64), default=1, help="residual blocks per head")
+    add("--width", type=number(int, 1, MOST), help="inner width of the blocks (default: square, the paper's)")
+    add("--trunk", type=number(int, 1, MOST), help="inner width of a first block that all heads share")
     flag("--tie-lm-head", "use the base model's lm_head, not a matrix per head")
     add("--recent", type=number(int, 1, 64), default=1, help="hidden states that a head sees, of the last positions")
     add("--draft-vocab", type=number(int, 1), metavar="N", help="only the N most frequent tokens can be drafted")
     add("--target", choices=("tokens", "distill"), default="tokens", help="distill: the base model's distribution")
     flag("--medusa-2", f"after {HEADS_FIRST:.0%}% of the steps train the base model too; writes a whole model")
-    add("--epochs", type=number(int, 1), default=2)
+    add("--epochs", type=number(int, 1, 10 ** 5), default=2)
     add("--lr", type=number(float, 0, 10), default=1e-3, help="of the heads")
     add("--base-lr", type=number(float, 0, 10), default=1e-4, help="of the base model (--medusa-2)")
     add("--schedule", choices=("cosine", "constant"), default="cosine")
@@ -135,7 +137,7 @@ def train_options(parser: ArgumentParser) -> None:
     add("--accumulate", type=number(int, 1), default=1, help="batches per step")
     add("--pack", type=number(int, 8), metavar="LENGTH", help="rows of this length, cut from the stream of documents")
     flag("--bf16", "bfloat16 autocast")
-    add("--tree-nodes", type=number(int, 1), default=15, help="of tree.json, the root not counted")
+    add("--tree-nodes", type=number(int, 1, LARGEST), default=15, help="of tree.json, the root not counted")
     flag("--resume", "go on from the checkpoint in --out")
     add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")
     add("--log-every", type=number(int, 1), default=20, help="steps between lines of metrics.jsonl")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from tqdm import tqdm
-from loading.files import UserError, replacing
+from loading.files import UserError, replacing, writable
 from tinymedusa import Decoder, Stages
 
 COLOURS = (36, 32, 33, 35, 34, 31)      # of heads 1, 2, ..; what the base model wrote itself has the terminal's own
@@ -27,6 +27,8 @@ def traced(decoder: Decoder, path: Path | None):
     if path is None:
         yield
         return
+    writable(path)                                  # or an error, before the work
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler's own lines are on stderr
     run = decoder.run
     def named(name, *do):
         with torch.profiler.record_function(name):
@@ -35,8 +37,9 @@ def traced(decoder: Decoder, path: Path | None):
     with torch.profiler.profile() as profiler:
         yield
     with replacing(path) as (temporary,):
+        temporary.touch()                           # where that fails, it is our error
         profiler.export_chrome_trace(str(temporary))
-        if not temporary.exists():                  # after a failure torch only prints something and leaves a file
+        if not temporary.stat().st_size:            # after a failure torch raises nothing and leaves a file
             temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)
             raise UserError("can't write the trace: is the disk full?")
 

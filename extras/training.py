@@ -1,10 +1,10 @@
 """What a training does besides learning: stop and resume, keep others out, several processes, files, reports."""
 import hashlib
-import math
+import json
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 try:
     import fcntl
@@ -18,7 +18,8 @@ from extras.command_line import shard
 from extras.forecast import grow_tree, joint_hits
 from llama import Llama
 from loading.checkpoint import TORCH_DTYPES
-from loading.files import UserError, model_name, read_json, tokenizer_files, write_atomic, write_json
+from loading.files import (UserError, model_name, read_json, tokenizer_files, writable, write_atomic,
+                           write_json)
 from loading.trees import with_temperatures
 from tinymedusa import MedusaHeads, Tree
 from variants.heads import save as save_heads
@@ -31,7 +32,7 @@ def start_processes(args) -> None:
     args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else args.device
     try:
         dist.init_process_group("nccl" if cuda else "gloo")
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise UserError(f"WORLD_SIZE is {shard()[1]}, but: {error}: start it with torchrun") from error
 
 def end_processes() -> None:
@@ -99,10 +100,21 @@ def settings(args) -> dict:
 def save_checkpoint(path, model, heads, optimizer, step: int, fixed: dict) -> None:
     state = {"step": step, "heads": heads.state_dict(), "optimizer": optimizer.state_dict(), "settings": fixed,
              "threads": torch.get_num_threads(), "model": model.state_dict() if fixed["medusa_2"] else None}
-    write_atomic(path, lambda p: torch.save(state, p))
+    def write(file: Path) -> None:
+        torch.save(state, file)
+        with open(file, "ab") as opened:
+            opened.write(hashlib.sha256(np.memmap(file, np.uint8, "r")).digest())
+    write_atomic(path, write)
 
 def load_checkpoint(path, model, heads, optimizer, fixed: dict) -> int:
+    """What `save_checkpoint` wrote, put back → the number of steps done. UserError: there is none, it is of another
+    training, or not a byte of it can be trusted, since its hash is another one."""
+    if not path.is_file():
+        raise UserError(f"{path}: no checkpoint to resume from: train without --resume")
     try:
+        data = np.memmap(path, np.uint8, "r")
+        if hashlib.sha256(data[:-32]).digest() != data[-32:].tobytes():
+            raise ValueError("it is damaged, or of another version: delete it, and train without --resume")
         state = torch.load(path, map_location=model.norm.weight.device, weights_only=True)
         for key, value in fixed.items():
             if state["settings"][key] != value:
@@ -114,26 +126,38 @@ def load_checkpoint(path, model, heads, optimizer, fixed: dict) -> int:
             model.load_state_dict(state["model"])
         torch.set_num_threads(state["threads"])              # sums of another order would differ in the last bit
         return state["step"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no checkpoint to resume from: train without --resume") from None
     except (UserError, KeyboardInterrupt):
         raise
     except Exception as error:  # torch raises whatever unpickling and loading do
         raise UserError(f"can't read {path}: {type(error).__name__} {error}") from error
 
-def metrics_of(step: int, figures: Tensor, weights: Tensor) -> dict:
-    """figures [3, K] (loss, top-1, top-5 of each head) → a line of metrics.jsonl. UserError: it has diverged."""
-    loss, top1, top5 = figures.tolist()
-    if not math.isfinite(sum(loss)):
+def known(values: list, counts: Tensor) -> list:
+    """Means as JSON has them: None where nothing was counted."""
+    return [value if n else None for value, n in zip(values, counts.tolist(), strict=True)]
+
+def metrics_of(step: int, sums: Tensor, counts: Tensor, weights: Tensor) -> dict:
+    """sums [3, K] of each head's loss, top-1 and top-5, over counts [3, K] labels → a line of metrics.jsonl. UserError:
+    it has diverged."""
+    means = sums / counts.clamp(min=1)
+    if not means[0].isfinite().all():
         raise UserError(f"the loss is no longer finite at step {step}: train again with a lower --lr")
-    return {"step": step, "loss": float(weights @ figures[0]), "head_loss": loss, "top1": top1, "top5": top5}
+    loss, top1, top5 = map(known, means.tolist(), counts)
+    return {"step": step, "loss": float(weights @ means[0]), "head_loss": loss, "top1": top1, "top5": top5}
+
+def metrics_until(file: Path, step: int) -> list[dict]:
+    """The lines of metrics.jsonl up to a step; it is only a log, so what can't be read of it is left out."""
+    lines = []
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if step and file.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int and line["step"] <= step]
 
 def save_results(args, model: Llama, heads: MedusaHeads) -> Path:
     """Writes heads, or with --medusa-2 the new base model in HF's layout with its tokenizer → the heads' folder. Heads
     in the dtype that their base model is stored in; with --medusa-2 all in float32, lest small updates be lost."""
     out = Path(args.out)
     folder = out / "medusa" if args.medusa_2 else out
-    (folder / "tree.json").unlink(missing_ok=True)           # an older one does not fit
+    writable(folder / "tree.json").unlink(missing_ok=True)   # an older one does not fit
     if not args.medusa_2:
         save_heads(folder, heads, model, model_name(args.model), TORCH_DTYPES[model.config.dtype])
         return folder
@@ -152,13 +176,14 @@ def save_trees(folder: Path, found: dict, nodes: int) -> dict:
     return {t: Tree.from_paths(entry["paths"]) for t, entry in entries.items()}
 
 def report(result: dict) -> str:
+    number = lambda v: f"{'-' if v is None else f'{v:.3f}':>7}"
     lines = [f"{result['out']}: {result['kind']}, {result['parameters']} parameters"]
     for found in (result, *result["sampled"]):
         lines += [f"temperature {found['temperature']}: {found['documents']} documents",
                   f"base model: {found['base_loss']} nats per token",
                   "top: share of the tokens to learn among the head's first 1, 2, .. 10 guesses",
                   "head   loss  " + "".join(f"{f'top-{r}':>7}" for r in range(1, 11))]
-        lines += [f"{k:>4}{loss:>7.3f}  " + "".join(f"{v:>7.3f}" for v in top)
+        lines += [f"{k:>4}{number(loss)}  " + "".join(map(number, top or []))
                   for k, (loss, top) in enumerate(zip(found["head_loss"], found["top"], strict=True), 1)]
         lines += accepted(found["acceptance"])
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """Fits the tree to some heads, a machine, a device and a batch size: `generate.py --tune OPENINGS`."""
 import json
-import statistics
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -12,13 +12,14 @@ from fast import engines
 from llama import Llama
 from loading.config import check_prompts
 from loading.documents import Document, document, openings_of
-from loading.files import UserError, read_json, write_json
+from loading.files import UserError, keep_sources, read_json, writable, write_json
 from loading.tokenizer import Tokenizer
-from loading.trees import by_temperature, drawing, with_temperatures
+from loading.trees import by_temperature, drawing, parse_tree, with_temperatures
 from tinymedusa import ROOT, MedusaHeads, Tree
 from variants import batches
 
 NODES, ROUNDS, STEPS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), 6, 10   # sizes of tree; each is timed 6 x 10 steps
+SPREAD, CHEAPER = 1.3, 1.05     # timings that differ more are disturbed, as are trees that beat a plain step by more
 
 def own_texts(model: Llama, tokenizer: Tokenizer, args) -> list[Document]:
     openings = tokenizer.encode_batch(openings_of(args.tune))
@@ -33,20 +34,34 @@ def own_texts(model: Llama, tokenizer: Tokenizer, args) -> list[Document]:
     new = {i: sum(ids, []) for i, ids, _ in bar}
     return [document((prompt, False), (new[i], True)) for i, prompt in enumerate(prompts)]
 
-def step_seconds(model: Llama, heads: MedusaHeads, trees: list, prompts: list, args) -> list[float]:
-    """Seconds of a whole decoding step with each tree (None: plain), in turns, behind the prompts. The lower quartile:
-    what else the machine does only ever adds."""
-    seconds = [[] for _ in trees]
-    for _ in tqdm(range(ROUNDS), desc="timing"):
-        for tree, times in zip(trees, seconds, strict=True):
-            decoder = engines.decoder(model, tree and heads, tree or ROOT, args.sampling)
-            steps = islice(decoder.generate(prompts, 10 * STEPS), STEPS + 1)
-            next(steps)                                                          # the prefill
+def turn_seconds(model: Llama, heads: MedusaHeads, trees: list, prompts: list, args) -> list[float]:
+    """Seconds of a whole decoding step with each tree (None: plain) behind the prompts: the lower quartile of a few."""
+    found = []
+    for tree in trees:
+        decoder, seconds = engines.decoder(model, tree and heads, tree or ROOT, args.sampling, eos=()), []
+        steps = islice(decoder.generate(prompts, 10 * STEPS), STEPS + 1)
+        next(steps)                                                              # the prefill
+        begin = time.perf_counter()
+        for _ in steps:
+            seconds.append(time.perf_counter() - begin)
             begin = time.perf_counter()
-            for _ in steps:
-                times.append(time.perf_counter() - begin)
-                begin = time.perf_counter()
-    return [statistics.quantiles(times)[0] for times in seconds]
+        found.append(sorted(seconds)[len(seconds) // 4])
+    return found
+
+def step_seconds(model: Llama, heads: MedusaHeads, trees: list, prompts: list, args) -> list[float]:
+    """`turn_seconds` of several turns, the lower quartile: what else the machine does only ever adds. Where that shows,
+    there are more turns; a line on stderr says so if they are disturbed as well."""
+    turns = []
+    for doing in ("timing", "timing again", "and again"):
+        turns += [turn_seconds(model, heads, trees, prompts, args) for _ in tqdm(range(ROUNDS), desc=doing)]
+        ordered = [sorted(times) for times in zip(*turns, strict=True)]
+        seconds = [times[len(turns) // 4] for times in ordered]
+        spread = max(times[len(turns) // 2] / times[0] for times in ordered)
+        if spread < SPREAD and min(seconds) > seconds[0] / CHEAPER:
+            return seconds
+    print(f"--tune: something else runs on this machine: steps took up to {spread:.1f} times their best, and one with "
+          f"a tree {min(seconds) / seconds[0]:.2f} plain steps; try again when it is quiet", file=sys.stderr)
+    return seconds
 
 def grown_trees(hits: dict, heads: MedusaHeads) -> list[Tree]:
     """Trees of all sizes; for Hydra, whose every depth costs a call of a head, also shallower ones."""
@@ -63,6 +78,16 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads | None, path: st
     if heads is None or args.acceptance != "match":
         raise UserError("--tune needs heads: give --heads FOLDER" if heads is None else
                         "--tune forecasts acceptance by match: leave out --acceptance")
+    batch, name = args.batch_size, engines.mode(model)
+    name += f" batch {batch}" if batch > 1 else ""
+    keep_sources([path], [args.tune])
+    before, found = read_json(path) if writable(path).exists() else {"paths": []}, {}
+    try:                                            # an error comes before the work
+        parse_tree(json.dumps(before))
+        if name in (modes := before.get("modes", {})):
+            found = {t: e for t, e in by_temperature(modes[name]).items() if "paths" in e}
+    except UserError as error:
+        raise UserError(f"{path}: {error}: delete it, or name another one with --tree") from error
     documents = own_texts(model, tokenizer, args)
     halves = documents[::2], documents[1::2]
     ranks, own = zip(*(evaluate(model, heads, half, 4096, args.sampling)[1:] for half in halves), strict=True)
@@ -70,8 +95,6 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads | None, path: st
     trees = grown_trees(hits, heads)
     if not trees or not any(map(torch.any, own[1])):
         raise UserError("no guess of these heads was right in any text: raise --max-new-tokens or train them longer")
-    batch, name = args.batch_size, engines.mode(model)
-    name += f" batch {batch}" if batch > 1 else ""
     set_threads(model, args.threads, batch)
     longest = max(documents, key=len).ids
     plain, *costs = step_seconds(model, heads, [None, *trees], [longest[:len(longest) // 2].tolist()] * batch, args)
@@ -92,9 +115,6 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads | None, path: st
         "sampling": args.sampling._asdict() | {"epsilon": None, "delta": args.delta},
         "threads": torch.get_num_threads(), "hits": [round(hits[tuple(p)] / places, 5) for p in paths],
         "chosen": chosen, "plain_step_ms": round(1000 * plain, 4), "candidates": rows}
-    before = read_json(path) if Path(path).is_file() else {}
-    modes = before.get("modes", {})
-    found = by_temperature(modes[name]) if name in modes else {}
     entry = with_temperatures(found | {args.temperature: tuned})
     plain_entries = {t: {"paths": e["paths"], "sampling": {"temperature": t}} for t, e in by_temperature(entry).items()}
     top = with_temperatures(plain_entries)          # for library users and other devices

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import lru_cache
@@ -32,7 +33,6 @@ def processor() -> str:
 
 def compile_to(file: Path, command: list[str]) -> None:
     """Compile into `file`, whole or not at all, whoever else does. Its last 32 bytes are the hash of those before."""
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder, "native.so")
         done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
@@ -63,6 +63,10 @@ def library(*options: str) -> ctypes.CDLL:
     for folder in folders():
         file = folder / f"native-{key[:24]}.so"
         try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            made = folder.lstat()                   # what is in it is run, and others can make one in /tmp
+            if not stat.S_ISDIR(made.st_mode) or made.st_uid != os.getuid() or made.st_mode & 0o022:
+                raise OSError(f"{folder} is no folder that only you can write to")
             if not is_whole(file):
                 compile_to(file, command)
             return ctypes.CDLL(str(file))

@@ -26,11 +26,9 @@ class GraphDecoder(Decoder):
 
     def record(self, window: int):
         """The step that reads self.state and writes it, self.out and self.count."""
-        before = [tensor.clone() for tensor in self.state]
-        _, out, count = super().step(self.state, window, call)          # compiles and allocates what it needs
+        # compiles and allocates what it needs; in the cache it writes only what the replay writes again
+        _, out, count = super().step(self.state, window, call)
         self.out, self.count = out.clone(), count.clone()
-        for tensor, value in zip(self.state, before, strict=True):
-            tensor.copy_(value)
         def step():
             state, out, count = super(GraphDecoder, self).step(self.state, window, call)
             for into, value in zip((*self.state[1:], self.out, self.count), (*state[1:], out, count), strict=True):

@@ -6,12 +6,14 @@ uint64 per document, where it begins; FILE.json, hashes, counts and source, writ
 FILE.partial is what the model has written for FILE before a stop.
 """
 import hashlib
+import io
 import json
+import math
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 import numpy as np
-from loading.files import UserError, read_json, replacing, write_json
+from loading.files import LARGEST, UserError, opened, read_json, replacing, writable, write_json
 
 BATCH = 2 ** 20         # characters tokenised at once, and the length at which a document is cut
 HELD_OUT = 50           # every 50th document of a source without splits of its own is its validation split
@@ -50,6 +52,7 @@ def write_tokens(path, documents, tokenizer, vocab_size: int, source: dict) -> d
     dtype = np.uint16 if vocab_size <= 2 ** 16 else np.uint32
     counts, digest = {"documents": 0, "tokens": 0, "loss_tokens": 0}, hashlib.sha256()
     *files, facts = beside(path)
+    old_facts = writable(facts)
     with replacing(*files) as temporary:
         with open(temporary[0], "wb") as ids, open(temporary[1], "wb") as loss, open(temporary[2], "wb") as starts:
             for document in filter(len, documents):         # an empty one would begin where the next one does
@@ -63,7 +66,7 @@ def write_tokens(path, documents, tokenizer, vocab_size: int, source: dict) -> d
                 counts["loss_tokens"] += int(document.loss.sum())
         if not counts["loss_tokens"]:
             raise UserError(f"{path}: nothing to write, the source holds no text")
-        facts.unlink(missing_ok=True)          # from here to write_json there is no whole token file
+        old_facts.unlink(missing_ok=True)      # from here to write_json there is no whole token file
     data = {"dtype": np.dtype(dtype).name, **counts, "sha256": digest.hexdigest(),
             "tokenizer_sha256": tokenizer.sha256(), "source": source}
     write_json(facts, data)
@@ -75,16 +78,17 @@ class Partial:
     def __init__(self, path, source: dict, contents):
         digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
         self.path, self.header, self.texts = Path(f"{path}.partial"), json.dumps(source | {"contents": digest}), {}
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n") if self.path.exists() else []
+        file = writable(self.path)
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
         for line in lines[1:]:
             with suppress(ValueError, TypeError, OverflowError):
                 turn, key, ids = json.loads(line)
                 self.texts[turn, key] = np.array(ids, np.int32)
-        if lines and not self.texts:
-            self.path.unlink()
-        elif lines and lines[0] != self.header:
+        if lines and lines[0] != self.header and (self.texts or not self.header.startswith(lines[0])):
             raise UserError(f"{self.path} is left from a stopped run with other options, files or another model: "
                             "run that command again, or delete it")
+        if not self.texts:                          # stopped while the first line was written
+            file.unlink(missing_ok=True)
 
     def add(self, turn: int, key: int, ids: list) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -123,13 +127,20 @@ def read_tokens(path, tokenizer) -> list[Document]:
         raise UserError(f"{path} is not what {facts.name} says: prepare it again")
     source = data.get("source", {})
     temperature = source.get("temperature", 0.0) if source.get("distill") or source.get("openings") else None
+    if temperature is not None and not (type(temperature) in (int, float) and 0 <= temperature < 1e30):
+        raise UserError(f"{facts}: the temperature {temperature!r} is not a number from 0 on: prepare it again")
     return [Document(ids[begin:end], loss[begin:end], temperature=temperature) for begin, end in spans]
 
-def read_lines(path):
-    """The lines of a UTF-8 text file, streamed."""
+def read_lines(path, most: float = LARGEST, longest: int = LARGEST):
+    """The lines of a UTF-8 text file of at most `most` characters, streamed; one longer than `longest` in pieces."""
+    read = 0
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            yield from file
+        with io.TextIOWrapper(opened(path), encoding="utf-8-sig") as file:
+            while line := file.readline(longest):
+                read += len(line)
+                if read > most:
+                    raise UserError(f"{path} holds more than {most / 1e6:.0f} million characters: give a part of it")
+                yield line
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -138,9 +149,9 @@ def read_lines(path):
 def json_lines(path):
     """(place, value) for each line of a JSONL file, or each item of a JSON file that is one list."""
     if Path(path).suffix == ".jsonl":
-        lines = ((f"{path}, line {i}", line) for i, line in enumerate(read_lines(path), 1) if line.strip())
+        lines = ((f"{path}, line {i}", line) for i, line in enumerate(read_lines(path, math.inf), 1) if line.strip())
     else:
-        lines = [(str(path), "".join(read_lines(path)))]
+        lines = [(str(path), "".join(read_lines(path, 4 * LARGEST)))]
     for place, line in lines:
         try:
             value = json.loads(line)
@@ -167,7 +178,7 @@ def texts(path, separator: str):
 
 def texts_between(path, separator: str):
     lines, size = [], 0
-    for line in chain(read_lines(path), [separator]):
+    for line in chain(read_lines(path, math.inf, BATCH), [separator]):
         if line.strip() != separator:
             lines.append(line)
             size += len(line)

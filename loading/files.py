@@ -1,6 +1,8 @@
 """Files and hubs: where a file is found, how JSON is read, how nothing half-written is ever met."""
+import errno
 import json
 import os
+import stat
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,8 @@ PATIENCE = 5        # seconds that a hub has for its first answer
 # what transformers reads of a tokenizer, its chat templates and its way to end a text
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "tekken.json",
              "tiktoken.model", "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json")
+LARGEST = 2 ** 28       # bytes or characters that are read of a file at once
+MODEL_FILES = "*.safetensors *.index.json *_model*.bin *.pt *config.json *token*.* chat_* tree.json".split()
 
 class UserError(Exception):
     """Something the user can mend: the text says what was wrong and what to do. Scripts print it and exit with 2."""
@@ -98,10 +102,26 @@ def tokenizer_files(name_or_path) -> dict[str, Path]:
     found = [path for pattern in TOKENIZER for path in sorted(folder.glob(pattern)) if path.is_file()]
     return {path.relative_to(folder).as_posix(): path for path in found}
 
+def opened(path):
+    """As open(path, "rb"), but a FIFO without a writer is empty, and a device, which may have no end, an OSError."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if stat.S_IFMT(os.fstat(file.fileno()).st_mode) in (stat.S_IFCHR, stat.S_IFBLK) and not file.isatty():
+        raise OSError(errno.ENODEV, "it is a device")
+    os.set_blocking(file.fileno(), True)
+    return file
+
+def read_bytes(path, most: int = LARGEST) -> bytes:
+    """All of a file. OSError: it is longer than that."""
+    with opened(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most / 1e6:.0f} MB")
+    return data
+
 def read_json(path) -> dict:
     """A JSON object; UserError says which file is missing or damaged, and where."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(read_bytes(path).decode())
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -110,21 +130,41 @@ def read_json(path) -> dict:
         raise UserError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     return data
 
+def keep_sources(written, sources) -> None:
+    """UserError: a path to be written is a file that is read, by whatever name: one of the sources, or where that is a
+    folder, of the model or heads in it. What does not exist, and None, counts for nothing."""
+    found = [file for file in map(Path, filter(None, written)) if os.path.exists(file)]
+    for source in map(os.path.expanduser, filter(os.path.exists, filter(None, sources))):
+        files = [f for name in MODEL_FILES for f in Path(source).glob(name)] if os.path.isdir(source) else [source]
+        if same := [path for path in found for file in files if os.path.samefile(path, file)]:
+            raise UserError(f"{same[0]} is the source itself: give what is written another name")
+
+def writable(path) -> Path:
+    """The file that a path names, be it there or not; of a link its target, so that the link stays one. UserError: it
+    can't be one, or something else is there, which a file would replace: a folder, a device, a FIFO, a socket."""
+    try:
+        file = Path(os.path.realpath(path))
+        if file.is_symlink() or os.path.exists(path or ".") and not os.path.isfile(path):
+            raise UserError(f"can't write {path}: it is not a regular file")
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't write {path}: {error}") from error
+    return file
+
 @contextmanager
 def replacing(*paths):
     """Temporary paths to write to, renamed to `paths` when all is written: no reader ever meets half a file."""
-    paths = [Path(path) for path in paths]
-    temporary = [path.parent / f".tmp{os.getpid()}.{path.name}" for path in paths]
+    files = [writable(path) for path in paths]
+    temporary = [file.parent / f".tmp{os.getpid()}.{file.name}" for file in files]
     at = paths[0]
     try:
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         umask = os.umask(0o077)
         os.umask(umask)
-        for at, written in zip(paths, temporary, strict=True):
+        for at, file, written in zip(paths, files, temporary, strict=True):     # noqa: B007 - `at` is for the error
             written.chmod(0o666 & ~umask)            # safetensors makes files that only their owner may read
-            os.replace(written, at)
+            os.replace(written, file)
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, RuntimeError) and "allocate" in str(error):

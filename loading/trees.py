@@ -1,8 +1,7 @@
 """Trees as lists of paths of ranks: the published one, tree.json and its modes, every check of them, a drawing."""
 import json
 import re
-from pathlib import Path
-from loading.files import UserError, locate
+from loading.files import UserError, locate, read_bytes
 
 DEEPEST, LARGEST = 64, 2048     # paths: deeper than the rotary table allows for; larger than their tables should get
 
@@ -66,7 +65,7 @@ def parse_tree(text, mode: str | None = None, rows: int = 1, temperature: float 
     source = str(text).strip()
     if source[:1] not in ("[", "{"):
         try:
-            source = Path(text).read_text(encoding="utf-8")
+            source = read_bytes(text, 2 ** 24).decode()
         except (OSError, ValueError) as error:
             raise UserError(f"can't read the tree {text}: {error}") from error
     try:
@@ -76,7 +75,7 @@ def parse_tree(text, mode: str | None = None, rows: int = 1, temperature: float 
     if not isinstance(tree, dict):
         return tree, None
     modes = tree.get("modes", {})
-    if not isinstance(modes, dict) or not all(isinstance(entry, dict) for entry in (*modes.values(), tree)):
+    if not isinstance(modes, dict) or not all(isinstance(entry, dict) for entry in modes.values()):
         raise UserError("the tree: 'modes' must be an object of objects")
     named = {name: re.fullmatch(rf"{mode}(?: batch (\d{{1,9}}))?", name) for name in modes}
     tuned = {int(match[1] or 1): modes[name] for name, match in named.items() if match}

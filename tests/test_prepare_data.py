@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TESTS, byte_tokenizer, tiny_heads, tiny_llama
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import prepare_data
@@ -351,7 +352,7 @@ def test_each_process_goes_on_after_its_own(distill, tmp_path, asked, monkeypatc
     assert sorted(ids[0]) == sorted(ids[1] + ids[2])
 
 
-@pytest.mark.parametrize("other", ["option", "source", "model", "tokenizer"])
+@pytest.mark.parametrize("other", ["option", "source", "model", "a weight", "a field", "tokenizer"])
 def test_a_partial_file_of_another_run_is_not_mixed_in(other, distill, tiny_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupted_at(patch, 4, KeyboardInterrupt())
@@ -361,6 +362,13 @@ def test_a_partial_file_of_another_run_is_not_mixed_in(other, distill, tiny_fold
         (tmp_path / "o.txt").write_text("\n".join(f"the cat {i}" for i in range(40)))
     elif other == "model":
         tiny_llama(1, torch.float32, vocab_size=300, max_position_embeddings=64).save(tiny_folder)
+    elif other == "a weight":                                                    # the very last one, of all
+        tensors = load_file(tiny_folder / "model.safetensors")
+        tensors["model.layers.1.mlp.down_proj.weight"][-1, -1] += 1
+        save_file(tensors, tiny_folder / "model.safetensors", metadata={"format": "pt"})
+    elif other == "a field":
+        config = json.loads((tiny_folder / "config.json").read_text())
+        (tiny_folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     elif other == "tokenizer":
         (tiny_folder / "tokenizer.json").write_text((tiny_folder / "tokenizer.json").read_text() + " ")
     status, err = distill("a.bin", *(["--temperature", 0.9] if other == "option" else []))

@@ -246,6 +246,7 @@ def test_a_full_disk(name, more, largest, server, work):
     status, err, out, _ = server(*does[name], *more, folder=folder, largest=largest)
     line = err.replace("\r", "\n").splitlines()[-1]
     assert status == 2 and "Traceback" not in err, err
+    assert "--trace" not in more or err.count("\n") == 1                         # none of the profiler's own
     assert line.startswith(f"{does[name][0]}.py: ") and ("can't write" in line or "File too large" in line), err
     assert (folder / "a.bin").read_bytes() == b"old" and not list(folder.glob("h/config.json"))
     assert {p.name for p in folder.glob("*a.bin*")} - {"a.bin.partial"} == {"a.bin"}

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import train_heads
 from extras.forecast import simulate
+from extras.training import report
 from llama import Llama, LlamaConfig
 from loading.documents import Document, document, read_tokens
 from loading.files import UserError, write_json
@@ -512,3 +513,113 @@ def test_the_models_own_folder_is_never_written_over(stories, tiny_folder, tmp_p
     torch.save({"step": 3}, tmp_path / "h" / "checkpoint.pt")
     status, _, err = run("--resume")
     assert status == 2 and "can't read" in err and err.count("Traceback") == 0
+
+
+# ------------------------------------------------------------------------------- what a stopped training left, damaged
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A training stopped in step 5 of 12, and resumed(): its heads."""
+    more = ("--epochs", 3, "--log-every", 2, "--batch-tokens", 21)
+    real, calls = train_heads.head_backward, []
+
+    def head_backward(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_heads, "head_backward", head_backward)
+        trained(tmp_path, texts(), *more)
+    return lambda: trained(tmp_path, texts(), *more, "--resume")[1]
+
+
+def change(**changes):
+    return lambda state: state.update(changes)
+
+
+def optimizer(**changes):
+    return lambda state: state["optimizer"]["state"][0].update(changes)
+
+
+def group(**changes):
+    return lambda state: state["optimizer"]["param_groups"][0].update(changes)
+
+
+@pytest.mark.parametrize("damage", [
+    *(change(step=step) for step in ("5", 5.0, None, 10 ** 9, -1, 0, 12, True)),
+    *(change(threads=threads) for threads in (10 ** 6, 0, "all")), change(heads={}), change(settings={}),
+    change(optimizer=1), optimizer(exp_avg=torch.zeros(3)), optimizer(exp_avg_sq=torch.tensor(math.nan)),
+    optimizer(step="5"),
+    group(betas=(5, -1)), group(betas="x"), group(eps=None), lambda state: state.pop("threads"),
+    lambda state: state["heads"]["0.0.linear.weight"].fill_(math.nan)])
+def test_a_checkpoint_that_was_changed_is_not_resumed(damage, stopped, tmp_path):
+    path, threads = tmp_path / "checkpoint.pt", torch.get_num_threads()
+    state = torch.load(path, weights_only=True)
+    damage(state)
+    torch.save(state, path)
+    with pytest.raises(UserError, match="can't read .*checkpoint.pt: .*damaged, or of another version: delete it"):
+        stopped()
+    assert torch.get_num_threads() == threads
+
+
+def test_nor_one_with_a_wrong_byte(stopped, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    for part in (b"", whole[:1], whole[:-1], whole[:-32], whole + b"x", whole[:5000] + b"x" + whole[5001:]):
+        path.write_bytes(part)
+        with pytest.raises(UserError, match="can't read .*checkpoint.pt"):
+            stopped()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        stopped()
+    path.rmdir()
+    path.write_bytes(whole)
+    assert stopped()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda lines: b"garbage", lambda lines: b"", lambda lines: None, lambda lines: lines[:-9],
+    lambda lines: b"{}\nnull\n3\n",
+    lambda lines: b"\xff\xfe" + lines, lambda lines: lines + b"\n \n[]", lambda lines: b"[" * 10 ** 5 + b"\n" + lines,
+    lambda lines: b'{"step": "2"}\n{"step": null}\n{"step": 1e3}\n{"step": true}\n' + lines])
+def test_metrics_are_a_log_and_no_obstacle(damage, stopped, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_bytes()
+    damaged = damage(before)
+    path.unlink()
+    if damaged is not None:
+        path.write_bytes(damaged)
+    heads = stopped()
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    kept = [2, 4, 6] if damaged and before in damaged else []
+    if damaged and (damaged in before or damaged.startswith(b"\xff")):           # one line is cut
+        kept = [2, 4] if damaged in before else [4, 6]
+    assert steps == [*kept, 8, 10, 12]
+    whole = trained(tmp_path / "whole", texts(), "--epochs", 3, "--log-every", 2, "--batch-tokens", 21)[1]
+    assert all(torch.equal(t, heads.state_dict()[n]) for n, t in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("token_map", [None, torch.arange(2, 9)], ids=["all", "map"])
+def test_a_head_without_a_label_is_named_and_has_no_figures(token_map, tmp_path, capfd):
+    """Documents of bos and three tokens: the third head would guess a fifth. Or that one can't be drafted."""
+    documents = [text([3, 4, 5]), text([6, 7, 8])] if token_map is None else [text([3, 4, 5, 9]), text([6, 7, 8, 10])]
+    model = tiny_llama()
+    heads = tiny_heads(model, 3, token_map=token_map)
+    before = [p.clone() for p in heads[2].parameters()]
+    train(model, heads, documents, options(tmp_path, "--epochs", 2, "--log-every", 1))
+    assert "no label for head 3 in steps 1 to 2, so it learned nothing: give longer texts" in capfd.readouterr().err
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+        assert line["head_loss"][2] is None and line["loss"] > 0 and min(line["head_loss"][:2]) > 0
+        if token_map is None:
+            assert line["top1"][2] is line["top5"][2] is None and line["top1"][0] is not None
+    assert all(torch.equal(a, b) for a, b in zip(heads[2].parameters(), before, strict=True))
+    figures = evaluate(model, heads, documents, 100)[0]
+    assert figures["head_loss"][2] is None and min(figures["head_loss"][:2]) > 0
+    assert [top is None for top in figures["top"]] == [False, False, token_map is None]
+    result = {"out": "h", "kind": "medusa", "parameters": 1, "sampled": [], "temperature": 0.0, "acceptance": {
+        "nodes": 1, "tokens_per_step": 1, "depth_reach": [], "node_reach": {}}}
+    assert ("   3      -  \n" in report(result | figures)) == (token_map is None)
+    train(model, heads, [*documents, text([3, 4, 5, 6, 7])], options(tmp_path, "--epochs", 1))
+    assert "no label" not in capfd.readouterr().err

@@ -121,15 +121,7 @@ class StrongHeads(MedusaHeads):
         return 0 if self.trunk_width is None else 1
 
     def best(self, logits: Tensor, noise: Tensor | None, sampling: Sampling, ranks: int) -> Tensor:
-        return self.ids_of(super().best(logits, self.draftable(noise), sampling, ranks))
-
-    def ids_of(self, drafted: Tensor) -> Tensor:
-        """Numbers within the draft vocabulary → ids."""
-        return drafted if self.token_map is None else self.token_map[drafted]
-
-    def draftable(self, noise: Tensor | None) -> Tensor | None:
-        """The noise of the ids that the heads may draft: [.., V] → [.., D]."""
-        return noise if noise is None or self.token_map is None else noise[..., self.token_map]
+        return ids_of(self, super().best(logits, draftable(self, noise), sampling, ranks))
 
 class RootHeads(StrongHeads):
     """Heads that see the root of the tree: it is known before drafting, so they still run all at once."""
@@ -162,7 +154,7 @@ class HydraHeads(StrongHeads):
         """Depth by depth, since a head sees what the heads before it drafted: [B, N - 1]."""
         embedded = self.embedded(state.token[:, None])                                      # [B, 1, H] of the root
         x, z = self.context(state.recent_hidden, embedded)
-        embedded, noise, drafts = embedded[:, self.first:], self.draftable(noise), [state.token[:, None][:, :0]]
+        embedded, noise, drafts = embedded[:, self.first:], draftable(self, noise), [state.token[:, None][:, :0]]
         for k, (parents, way, pick, ranks) in enumerate(levels_of(tuple(tree.paths), self.first, x.device), 1):
             start, seen = (t[:, k - 1:k].expand(-1, parents, -1) for t in (x, z))           # for each parent [B, M, ..]
             if len(way):
@@ -172,11 +164,11 @@ class HydraHeads(StrongHeads):
             noise_here = None if noise is None else noise[:, k - 1:k]                       # [B, 1, D]
             guesses = MedusaHeads.best(self, self.head(k, start, seen), noise_here, sampling, ranks)
             drafts.append(guesses.flatten(1).index_select(1, pick))                         # [B, nodes of this depth]
-        return self.ids_of(torch.cat(drafts, dim=1))
+        return ids_of(self, torch.cat(drafts, dim=1))
 
     def embedded_drafts(self, drafted: Tensor) -> Tensor:
         """As `embedded`, of what is drafted: numbers within the draft vocabulary [..] → [.., H]."""
-        return self.embedded(self.ids_of(drafted)) if self.drafted is None else self.drafted[drafted]
+        return self.embedded(ids_of(self, drafted)) if self.drafted is None else self.drafted[drafted]
 
 CLASSES = {heads.kind: heads for heads in (StrongHeads, RootHeads, HydraHeads)}
 
@@ -221,3 +213,13 @@ def save(folder, heads: MedusaHeads, model: Llama, base_name: str, dtype: torch.
 def token_map_of(heads: MedusaHeads) -> Tensor | None:
     """The ids that the heads may draft; None: all."""
     return getattr(heads, "token_map", None)
+
+def ids_of(heads: MedusaHeads, drafted: Tensor) -> Tensor:
+    """Numbers within the draft vocabulary → ids."""
+    token_map = token_map_of(heads)
+    return drafted if token_map is None else token_map[drafted]
+
+def draftable(heads: MedusaHeads, values: Tensor | None) -> Tensor | None:
+    """The logits or the noise of the ids that the heads may draft: [.., V] → [.., D]."""
+    token_map = token_map_of(heads)
+    return values if values is None or token_map is None else values[..., token_map]

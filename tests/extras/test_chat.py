@@ -1,5 +1,6 @@
 """generate.py --interactive through a pseudo-terminal, as people meet it; and what it keeps in the cache."""
 import fcntl
+import io
 import json
 import os
 import pty
@@ -7,6 +8,7 @@ import re
 import select
 import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -380,3 +382,38 @@ def test_who_is_a_chat_model(tiny_folder, tmp_path):
     assert named(tiny_folder) == "vicuna" and named(tiny_folder, "--template", "plain") == "plain"
     shutil.copytree(MODEL, tmp_path / "TinyLLama-v0")
     assert named(tmp_path / "TinyLLama-v0") == "plain"
+
+
+def conversation(*messages, **change) -> bytes:
+    roles = ("USER", "ASSISTANT")
+    return json.dumps({"template_name": "plain", "system_message": "", "messages": [
+        [roles[i % 2], message] for i, message in enumerate(messages)]} | change).encode()
+
+
+def test_no_input_ends_a_conversation_but_its_end(tiny_folder, tmp_path, cli, monkeypatch):
+    """Bytes that are no text, file names that no file can have, files that are no conversation."""
+    monkeypatch.chdir(tmp_path)
+    files = {"cut.json": conversation("the dog", " \ud800 ran"), "half.json": conversation("a")[:-9],
+             "list.json": b"[]", "bytes.json": b"\xff\xfe\0", "deep.json": b"[" * 10 ** 5, "name.json": conversation(template_name=["x"]),
+             "numbers.json": conversation(1, 2), "system.json": conversation(system_message="\udfff")}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    os.mkfifo("fifo.json")
+    names = [b"a\0b", b"\xff", b"\xed\xa0\x80", b"x" * 300, b".", b"..", b"fifo.json", b"tiny", b"cut.json/x",
+             b"/proc/self/mem", b"~", b"\xf0\x9f"]
+    said = [b"the dog", *(b"!!save " + name for name in names), *(b"!!load " + name for name in names),
+            *(b"!!load " + name.encode() for name in files), b"caf\xe9 \xff\xfe \0 \xed\xa0\x80", b"!!", b"!!save",
+            b"!!\xff", b"!!load cut.json", b"!!regen", b"!!save saved"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(said)), encoding="utf-8"))
+    status, out, err = cli("generate", "--model", tiny_folder, "--interactive", "--max-new-tokens", 3, "--threads", 1)
+    assert status == 0 and out.endswith("> saving... saved.json\n> \nexit...\n") and "Traceback" not in out + err
+    messages = json.loads((tmp_path / "saved.json").read_text())["messages"]
+    assert messages[0] == ["USER", "the dog"] and messages[1][1].isprintable()   # the last one, answered anew
+    assert stat.S_ISFIFO(os.stat("fifo.json").st_mode) and (tmp_path / "cut.json").read_bytes() == files["cut.json"]
+    assert len(err.splitlines()) == 14, err                                      # each error is one line
+
+
+def test_a_closed_input_is_the_end(tiny_folder, cli, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    status, out, _ = cli("generate", "--model", tiny_folder, "--interactive", "--threads", 1)
+    assert status == 0 and out.endswith("exit...\n")

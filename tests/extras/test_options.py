@@ -1,6 +1,7 @@
 """Every option of generate.py with plain decoding and each kind of heads, in full precision and in int8: it works, or
 it is refused in one line."""
 import json
+from argparse import ArgumentTypeError
 from itertools import chain
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import byte_tokenizer, save_heads, tiny_heads, tiny_llama
 
 import generate
 from extras.command_line import ArgumentParser
-from extras.options import APART
+from extras.options import APART, generate_options, prepare_options, train_options
 from loading.heads import KINDS
 
 # every option → the arguments to try it with (in int8 the first of them); {} is the folder where everything is
@@ -174,3 +175,58 @@ def test_compile_is_refused_and_says_what_there_is(more, tiny_folder, cli):
     status, out, err = cli("generate", "--model", tiny_folder, "--compile", *more)
     assert (status, out) == (2, "") and err == \
         "generate.py: --compile is gone: give --fast\n"
+
+
+def numbers(script) -> dict:
+    """The options of a script that are numbers → what parses them."""
+    parser = ArgumentParser()
+    {"generate": generate_options, "prepare_data": prepare_options, "train_heads": train_options}[script](parser)
+    return {action.option_strings[0]: action.type for action in parser._actions
+            if getattr(action.type, "__name__", "") in ("parse", "<lambda>")}
+
+
+# the largest number that an option takes: what goes on with all of them at once
+LARGEST = {"generate": "--prompt dog --max-new-tokens {} --max-steps {} --top-k {} --temperature 1",
+           "prepare_data": "--text {dir}/t.txt --limit {} --distill --sentences {} --max-new-tokens {} --out {dir}/d",
+           "train_heads": "--data {dir}/d --draft-vocab {} --batch-tokens {} --accumulate {} --pack {} --save-every {} "
+                          "--log-every {} --warmup {} --num-heads 2 --width 8 --out {dir}/h"}
+
+
+@pytest.mark.parametrize("script", LARGEST)
+def test_no_number_is_too_large_for_what_it_counts(script, tiny_folder, tmp_path, cli):
+    for option, parse in numbers(script).items():
+        for text in ("9" * 40, "9" * 5000, "-" + "9" * 40, "1e400", "nan", "1e39", "", "1e-400x"):
+            with pytest.raises(ArgumentTypeError, match="is not a"):
+                print(option, parse(text))
+    assert len(numbers(script)) > 5
+    (tmp_path / "t.txt").write_text("\n<|endoftext|>\n".join(f"the dog saw a cat {i}" for i in range(8)))
+    if script == "train_heads":
+        cli("prepare_data", "--model", tiny_folder, "--text", tmp_path / "t.txt", "--out", tmp_path / "d")
+    command = LARGEST[script].replace("{dir}", str(tmp_path)).replace("{}", str(10 ** 9))
+    status, _, err = cli(script, "--model", tiny_folder, *command.split())
+    assert status == 0 and "Traceback" not in err, err
+    status, _, err = cli(script, "--model", tiny_folder, *command.replace(str(10 ** 9), "9" * 20).split())
+    assert status == 2 and "is not a whole number from 1 to 1000000000" in err
+
+
+@pytest.mark.parametrize("temperature", ["1e30", "1e-9", "1e-30", "1e-300"])
+@pytest.mark.parametrize("fast", [[], ["--fast"]], ids=str)
+def test_temperatures_at_the_edge(temperature, fast, tiny_folder, cli):
+    """As good as none: greedy; as good as without an end: any token, but some."""
+    run = lambda t: json.loads(cli("generate", "--model", tiny_folder, "--prompt", "dog", "--max-new-tokens", 9,
+                                   "--json", "--threads", 1, "--temperature", t, *fast)[1])["token_ids"]
+    assert run(temperature) == run(0) if float(temperature) < 1 else len(set(run(temperature))) > 4
+
+
+@pytest.mark.parametrize("rank, world", [("abc", "2"), ("0", "x"), ("0", "0"), ("2", "2"), ("-1", "2"), ("0", "-1"),
+                                         ("0", "1.5"), ("", "2"), ("0", ""), ("\u0662", "2"), ("9" * 5000, "9" * 5001)])
+def test_ranks_that_torchrun_does_not_give(rank, world, tiny_folder, tmp_path, cli, monkeypatch):
+    (tmp_path / "o.txt").write_text("the dog")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for script, *args in (("generate", "--prompt", "a", "--max-new-tokens", 2),
+                          ("prepare_data", "--openings", tmp_path / "o.txt", "--out", tmp_path / "d"),
+                          ("train_heads", "--data", tmp_path / "d", "--out", tmp_path / "h")):
+        status, out, err = cli(script, "--model", tiny_folder, *args)
+        assert status == 2 and not out and err.count("\n") == 1 and "RANK is " in err and "torchrun" in err, err

@@ -6,6 +6,7 @@ import torch
 from conftest import MODEL, save_heads, tiny_heads, tiny_llama
 
 import generate
+from extras import tune
 from llama import Llama
 from loading.files import write_json
 from loading.heads import KINDS
@@ -191,3 +192,70 @@ def test_a_tree_for_each_mode(tmp_path):
     assert found(3, *given) == (None, 1, f"{tmp_path / 't.json'}: plain decoding is faster on cpu")
     heads, nodes, source = found(4, *given)
     assert heads is not None and (nodes, source) == (3, str(tmp_path / "t.json"))
+
+
+GOOD = {"paths": [[0]], "modes": {"cpu": {"paths": [[0]]}}}
+
+
+@pytest.mark.parametrize("damaged", [
+    [], [[0]], 5, "text", {"modes": {}}, {"hidden_size": 32},
+    GOOD | {"temperatures": 3}, *(GOOD | {"modes": modes} for modes in (
+        [], None, "text", 5, {"cpu": None}, {"cpu": []}, {"cpu": {"paths": [], "temperatures": []}},
+        {"cpu": {"paths": [], "temperatures": {"x": {"paths": []}}}}))], ids=json.dumps)
+def test_a_file_that_a_tree_cannot_be_added_to_is_refused_before_the_work(damaged, tiny_folder, tmp_path, cli,
+                                                                          monkeypatch):
+    monkeypatch.setattr("extras.tune.own_texts", lambda *a: pytest.fail("the work was begun"))
+    file = tmp_path / "t.json"
+    for text in (json.dumps(damaged), json.dumps(damaged)[:-1] + "\xff"):
+        file.write_text(text, encoding="latin-1")
+        status, out, err = cli("generate", "--model", tiny_folder, "--tune", "o.txt", "--tree", file)
+        assert status == 2 and not out and err.count("\n") == 1 and str(file) in err, err
+        assert file.read_text(encoding="latin-1") == text
+
+
+def test_an_entry_without_a_tree_is_left_out(tiny_folder, tmp_path, cli, monkeypatch):
+    monkeypatch.setattr("extras.tune.step_seconds", lambda model, heads, trees, ids, args: [0.001] * len(trees))
+    with_good_heads(tiny_folder)
+    (tmp_path / "o.txt").write_text("\n".join(f"the dog{' x' * i}" for i in range(12)))
+    tree = tmp_path / "t.json"
+    write_json(tree, GOOD | {"modes": {"cpu": {"temperatures": {"1.0": {}, "2.0": {"paths": [[5]]}}}, "cuda": {}}})
+    assert cli("generate", "--model", tiny_folder, "--tune", tmp_path / "o.txt", "--tree", tree, "--max-new-tokens", 30,
+               "--threads", 1)[0] == 0
+    written = json.loads(tree.read_text())
+    assert written["modes"].keys() == {"cpu", "cuda"} and list(written["modes"]["cpu"]["temperatures"]) == ["2.0"]
+    assert written["paths"] == written["modes"]["cpu"]["paths"] != []
+    assert written["temperatures"]["2.0"]["paths"] == [[5]]
+
+
+def seconds_of(monkeypatch, *turns):
+    """step_seconds of a plain step and two trees, whose turns take what is given, the last of them for ever."""
+    taken = []
+
+    def turn(model, heads, trees, prompts, args):
+        taken.append(turns[min(len(taken), len(turns) - 1)])
+        return taken[-1]
+    monkeypatch.setattr("extras.tune.turn_seconds", turn)
+    return tune.step_seconds(None, None, [None, 1, 2], [], None), len(taken)
+
+
+def test_disturbed_timings_are_repeated_or_reported(monkeypatch, capsys):
+    quiet, nearly = [1.0, 1.2, 1.5], [1.05, 1.25, 1.6]
+    says = lambda: capsys.readouterr().err.rpartition("\r")[2].rpartition("]")[2].strip()
+    assert seconds_of(monkeypatch, quiet, nearly) == (nearly, 6) and not says()
+    assert seconds_of(monkeypatch, [5, 1.2, 1.5], quiet) == (quiet, 6) and not says()         # one turn of six
+    plain, tree = [5, 1.2, 1.5], [1, 9, 1.5]
+    assert seconds_of(monkeypatch, *[plain] * 5, quiet) == (quiet, 12) and not says()
+    assert seconds_of(monkeypatch, tree, tree, quiet, tree, tree, quiet) == (quiet, 12) and not says()
+    assert seconds_of(monkeypatch, plain) == (plain, 18)                         # steady, and still impossible
+    assert says() == ("--tune: something else runs on this machine: steps took up to 1.0 times their best, and one "
+                      "with a tree 0.24 plain steps; try again when it is quiet")
+    found, turns = seconds_of(monkeypatch, *[quiet, [3, 4, 5]] * 2, *[[2, 3, 4]] * 3, quiet, [9, 9, 9])
+    assert turns == 18 and found[0] == 2 and "steps took up to 9.0 times their best" in says()
+
+
+def test_a_turn_times_each_tree_though_its_text_ends_at_once():
+    """Random heads and a model that ends its text with any token."""
+    model = tiny_llama(dtype=torch.float32, eos_token_id=list(range(12)))
+    args = generate.arguments([])
+    found = tune.turn_seconds(model, tiny_heads(model), [None, Tree.from_paths([[0]])], [[1, 5]], args)
+    assert len(found) == 2 and all(0 < seconds < 1 for seconds in found)

@@ -253,3 +253,36 @@ exec {next(filter(shutil.which, COMPILERS))} "$@"
     assert (tmp_path / "log").read_text() == "compiling\n" * 2
     file, = (tmp_path / "cache" / "tinymedusa").iterdir()
     assert is_whole(file)
+
+
+def open_to_all(folder, tmp_path):
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+def a_link(folder, tmp_path):
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    folder.symlink_to(tmp_path / "theirs")
+
+
+def of_another(folder, tmp_path):
+    if os.geteuid():
+        pytest.skip("only root gives folders away")
+    folder.mkdir(mode=0o700)
+    os.chown(folder, 1234, 1234)
+
+
+@pytest.mark.parametrize("made", [open_to_all, a_link, of_another], ids=lambda function: function.__name__)
+def test_what_others_can_write_to_is_not_run(made, compiled, tmp_path, monkeypatch):
+    """A folder with our name in the place for temporary files, made by somebody who knows it."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(build.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    (tmp_path / "temporary").mkdir()
+    folder = tmp_path / "temporary" / f"tinymedusa-{os.getuid()}"
+    made(folder, tmp_path)
+    with pytest.raises(Unavailable, match=f"can't be kept: {folder} is no folder that only you can write to"):
+        library()
+    assert not compiled and not list(folder.iterdir())
+    if made is open_to_all:
+        folder.chmod(0o700)
+        assert library().answer() == 42

@@ -535,6 +535,13 @@ TOKEN_FILES = {
     "a start beyond int64": (suffix("starts", lambda starts: [*starts[:2], 2 ** 64 - 1]), "fine.bin is not what"),
     "more documents": (lambda path: (facts(documents=4)(path), suffix("starts", lambda starts: [*starts, len(
         Path(f"{path}.loss").read_bytes())])(path)), "fine.bin is not what fine.bin.json says"),
+    "empty": (lambda path: (facts(tokens=0)(path), os.truncate(path, 0), os.truncate(f"{path}.loss", 0)),
+              "fine.bin.json: not a token file of this version"),
+    "nothing where tokens are": (lambda path: os.truncate(path, 0), "fine.bin has 0 bytes, fine.bin.json says "),
+    "a temperature of words": (facts(source={"distill": True, "temperature": "hot"}),
+                               "fine.bin.json: the temperature 'hot' is not a number from 0 on: prepare it again"),
+    "a temperature below 0": (facts(source={"openings": "o", "temperature": -1}), "the temperature -1 is not a number"),
+    "no source": (facts(source=[]), "fine.bin.json: not a token file of this version"),
     "no documents": (lambda path: (facts(documents=0)(path), suffix("starts", lambda starts: [])(path)),
                      "fine.bin.json: not a token file of this version"),
     "another tokenizer": (lambda path: tokenizer(lambda t: t["added_tokens"].pop())(path.parent / "tiny"),
