@@ -33,11 +33,13 @@ from tinymedusa import GREEDY, Decoder, PlainDecoder, Sampling, Stages, State, T
 from variants import batches
 from variants.heads import HydraHeads, load_heads
 from variants.lookup import Lookup, LookupDecoder
+from variants.penalty import penalize
 from variants.typical import Typical
 
 EXAMPLES = int(os.environ.get("TINYMEDUSA_EXAMPLES", 40))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-SAMPLINGS = (GREEDY, Sampling(0.7), Sampling(1.2, 5), Sampling(0.8, 0, 0.9), Sampling(1.0, 9, 0.8))
+SAMPLINGS = (GREEDY, Sampling(0.7), Sampling(1.2, 5), Sampling(0.8, 0, 0.9), Sampling(1.0, 9, 0.8),
+             Sampling(0.9, 0, 1.0, 0.2), Sampling(1.1, 40, 0.95, 0.1))
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
 ALONE = Tree.from_paths([])                                                   # the root, which is all of plain decoding
@@ -494,7 +496,7 @@ def test_the_engine_samples_as_torch_does(std):
     nn.init.normal_(model.lm_head.weight, std=std)
     native, prompts = packed(model), [[i] for i in range(20)]
     seeds = [0, 1, 2 ** 63 - 1, *range(10 ** 12, 10 ** 12 + 17)]
-    for sampling in (*SAMPLINGS, Sampling(0.1), Sampling(5.0), Sampling(1e-40), Sampling(2.0, 1, 0.3)):
+    for sampling in (*SAMPLINGS, Sampling(0.1), Sampling(5.0), Sampling(1e-40), Sampling(2.0, 1, 0.3), Sampling(2.0, 0, 1.0, 1.0)):
         found = texts(NativeDecoder(native, sampling=sampling, eos=()), prompts, 13, seeds)
         logits = native.lm_head(native(torch.tensor([p + text[:-1] for p, text in zip(prompts, found, strict=True)])))
         noise = None
@@ -679,6 +681,26 @@ def test_prompts_that_wait_for_a_row(sampling):
         for batch_size in (1, 3, 5, 13):
             assert in_a_batch(decoder, prompts, 30, batch_size) == expected
     assert len(set(map(len, expected))) > 3                                      # rows end at different times
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9), Sampling(1.2, 30, 0.95, 0.05)], ids=str)
+def test_a_repetition_penalty(sampling):
+    """The text is torch's, of plain decoding, of heads and by lookup, alone and of prompts that wait for a row."""
+    model = tiny_llama(dtype=torch.float32, vocab_size=50, std=0.3)
+    native, rng = packed(model), random.Random(0)
+    prompts = [[rng.randrange(50) for _ in range(rng.randint(1, 60))] for _ in range(7)]
+    plain = PlainDecoder(model, sampling, (2, 7))
+    unchanged = [texts(plain, [prompt], 25, [i])[0] for i, prompt in enumerate(prompts)]
+    penalize(plain, 1.5)
+    expected = [texts(plain, [prompt], 25, [i])[0] for i, prompt in enumerate(prompts)]
+    heads, chain = tiny_heads(native, noise=0.05, recent=3, kind="hydra"), Tree.from_paths(Lookup.chain)
+    for decoder in (NativeDecoder(native, sampling=sampling, eos=(2, 7)),
+                    NativeDecoder(native, heads, TREE, sampling, (2, 7)),
+                    NativeLookupDecoder(native, Lookup(native.config), chain, sampling, (2, 7))):
+        penalize(decoder, 1.5)
+        for batch_size in (1, 3):
+            assert in_a_batch(decoder, prompts, 25, batch_size) == expected
+    assert sum(a != b for a, b in zip(expected, unchanged, strict=True)) > 4
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.7)], ids=str)
