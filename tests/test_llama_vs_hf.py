@@ -200,15 +200,15 @@ def test_greedy_text_with_a_repetition_penalty():
     ours, native = Llama.from_pretrained(MODEL), engines.load(MODEL, torch.float32, fast=True)
     heads, tree = load_heads(MODEL / "medusa", ours), Tree.from_paths([[0], [1], [0, 0], [0, 0, 0]])
     ids, texts = Tokenizer(MODEL, ours.config).encode("Once upon a time, there was a cat who saw a cat."), set()
-    for penalty in (1.0, 1.3, 5.0, 0.8):
-        expected = twin.generate(torch.tensor([ids]), max_new_tokens=60, do_sample=False, pad_token_id=0,
+    for penalty in (1.3, 5.0, 0.8):
+        expected = twin.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False, pad_token_id=0,
                                  repetition_penalty=penalty)[0, len(ids):].tolist()
         decoders = [engines.decoder(m, *some) for m in (ours, native) for some in ((), (heads, tree))]
         for decoder in decoders:
             penalize(decoder, penalty)
-            assert [t for (new,) in decoder.generate([ids], 60) for t in new] == expected
+            assert [t for (new,) in decoder.generate([ids], 40) for t in new] == expected
         texts.add(tuple(expected))
-    assert len(texts) == 4
+    assert len(texts) == 3 and tuple(plain_text(ours, ids, 40)) not in texts
 
 
 @pytest.mark.parametrize("limits", [(0, 1.0, 0.0), (0, 1.0, 0.1), (0, 1.0, 1.0), (7, 1.0, 0.3), (0, 0.8, 0.05),

@@ -738,7 +738,8 @@ def test_a_kept_prefix_changes_no_token(lookup):
 # -------------------------------------------------------------------------------------------------- stages and builds
 
 @pytest.mark.parametrize("medusa", [False, True], ids=["plain", "medusa"])
-def test_stages_are_those_of_torchs_decoder(medusa):
+@pytest.mark.parametrize("penalty", [None, 1.3])
+def test_stages_are_those_of_torchs_decoder(penalty, medusa):
     model = tiny_llama(dtype=torch.float32, vocab_size=40, std=0.3)
     native, calls, clocks = packed(model), [], [Stages("cpu"), Stages("cpu")]
     heads = tiny_heads(native, noise=0.05, kind="hydra")
@@ -747,6 +748,8 @@ def test_stages_are_those_of_torchs_decoder(medusa):
     for decoder, clock in zip((ours, theirs), clocks, strict=True):
         decoder.run = clock
         decoder.eos = decoder.eos[:0]
+        if penalty:
+            penalize(decoder, penalty)
         steps = written(decoder, [[1, 5], [1, 9]], 30)
         calls.append({name: len(seconds) for name, seconds in clock.seconds.items()})
         assert len(clock.seconds["init"]) == 1 and all(t >= 0 for times in clock.seconds.values() for t in times)
