@@ -743,11 +743,10 @@ def test_stages_are_those_of_torchs_decoder(penalty, medusa):
     model = tiny_llama(dtype=torch.float32, vocab_size=40, std=0.3)
     native, calls, clocks = packed(model), [], [Stages("cpu"), Stages("cpu")]
     heads = tiny_heads(native, noise=0.05, kind="hydra")
-    ours, theirs = (NativeDecoder(native, heads, TREE), Decoder(model, heads, TREE)) if medusa else \
-        (NativeDecoder(native), PlainDecoder(model))
+    ours, theirs = [kind(m, heads, TREE, eos=()) for kind, m in ((NativeDecoder, native), (Decoder, model))] if medusa \
+        else [kind(m, eos=()) for kind, m in ((NativeDecoder, native), (PlainDecoder, model))]
     for decoder, clock in zip((ours, theirs), clocks, strict=True):
         decoder.run = clock
-        decoder.eos = decoder.eos[:0]
         if penalty:
             penalize(decoder, penalty)
         steps = written(decoder, [[1, 5], [1, 9]], 30)
