@@ -603,11 +603,15 @@ def one_token_a_step(decoder):
     decoder.commit = lambda state, hidden, path, out, count: commit(state, hidden, path, out, count.clamp(max=1))
 
 
+def other_logits(decoder):
+    decoder.logits = lambda state, ids, tree, hidden: decoder.model.lm_head(hidden).roll(1, dims=-1)
+
+
 def typical(decoder):
     decoder.accept = Typical()
 
 
-REPLACEMENTS = (another_draft, heads_that_draft_otherwise, another_noise, no_noise, some_tokens_only, other_ids,
+REPLACEMENTS = (other_logits, another_draft, heads_that_draft_otherwise, another_noise, no_noise, some_tokens_only, other_ids,
                 one_token_a_step, typical)
 
 
