@@ -611,8 +611,8 @@ def typical(decoder):
     decoder.accept = Typical()
 
 
-REPLACEMENTS = (other_logits, another_draft, heads_that_draft_otherwise, another_noise, no_noise, some_tokens_only, other_ids,
-                one_token_a_step, typical)
+REPLACEMENTS = (another_draft, heads_that_draft_otherwise, another_noise, no_noise, some_tokens_only, other_ids,
+                one_token_a_step, other_logits, typical)
 
 
 @pytest.mark.parametrize("replace", REPLACEMENTS, ids=lambda function: function.__name__)
