@@ -80,9 +80,9 @@ def heads_and_tree(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None,
                               args.temperature)
     return heads if paths else None, Tree.from_paths(paths), source
 
-def decoder_of(args, model: Llama, heads: MedusaHeads | None = None, tree: Tree | None = None) -> Decoder:
+def decoder_of(args, model: Llama, heads: MedusaHeads | None = None, tree: Tree | None = None, eos=None) -> Decoder:
     """Without heads plain decoding, with them what writes the same text."""
-    decoder = engines.decoder(model, heads, tree or ROOT, args.sampling, () if args.ignore_eos else None)
+    decoder = engines.decoder(model, heads, tree or ROOT, args.sampling, () if args.ignore_eos else eos)
     if args.repetition_penalty:
         penalize(decoder, args.repetition_penalty)
     return decoder
@@ -145,7 +145,7 @@ def one_prompt(decoder: Decoder, tokenizer: Tokenizer, prompt: str, ids: list, s
     """What is reported of one prompt's text; without --json it streams to the terminal meanwhile."""
     if not args.compare:
         return run(decoder, tokenizer, ids, args, seed, printer(args, prompt))
-    plain = decoder_of(args, decoder.model)
+    plain = decoder_of(args, decoder.model, eos=decoder.eos.tolist())
     decode = lambda decoder, emit: run(decoder, tokenizer, ids, args, seed, emit)
     return compared(plain, decoder, decode, ids, seed, prompt, args)
 
