@@ -22,8 +22,8 @@ TOKEN_MAPS = (None, torch.tensor([2, 3, 4, 6, 7, 9, 11]))
 
 
 def naive(model, prompt, new_tokens, sampling, seed, eos, penalty=1.0):
-    """Plain decoding as its definition: the whole text again for every token, no cache, nothing in a batch; a repetition
-    penalty divides the logits of the tokens that are in the text, and multiplies those below 0.
+    """Plain decoding as its definition: the whole text again for every token, no cache, nothing in a batch;
+    a penalty divides the logits of the tokens that are in the text, and multiplies those below 0.
 
     Drawing is the Gumbel-max trick written out: the largest log p + noise, the noise of this seed and output position.
     """

@@ -1,4 +1,4 @@
-"""A repetition penalty as in HF (CTRL, arXiv 1909.05858): tokens of the text so far, the prompt's too, get less likely."""
+"""A repetition penalty as in HF (CTRL, arXiv 1909.05858): tokens of the text so far, prompt too, get less likely."""
 from typing import NamedTuple
 import torch
 from torch import Tensor

@@ -53,11 +53,11 @@ def test_a_text_ends_where_a_stop_text_begins(tokenizer):
         while steps and not text.stopped:
             step, steps = steps[:(n := rng.randint(1, 4))], steps[n:]
             before = list(step)
-            assert text.add_step(step, lambda piece, head: shown.append((piece, head))) == text.stopped
+            assert text.add_step(step, lambda piece, head, shown=shown: shown.append(piece)) == text.stopped
             assert before[:len(step)] == step and (text.stopped or step == before)
-        shown.append((text.add([], end=True), 0))
+        shown.append(text.add([], end=True))
         expected = ended_at(whole, stops)
-        assert text.text == "".join(piece for piece, _ in shown) == (whole if expected is None else expected)
+        assert text.text == "".join(shown) == (whole if expected is None else expected)
         assert text.stopped == (expected is not None) == (text.result()["finish_reason"] == "stop")
         if text.stopped:
             number = len(text.ids)

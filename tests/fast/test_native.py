@@ -496,7 +496,8 @@ def test_the_engine_samples_as_torch_does(std):
     nn.init.normal_(model.lm_head.weight, std=std)
     native, prompts = packed(model), [[i] for i in range(20)]
     seeds = [0, 1, 2 ** 63 - 1, *range(10 ** 12, 10 ** 12 + 17)]
-    for sampling in (*SAMPLINGS, Sampling(0.1), Sampling(5.0), Sampling(1e-40), Sampling(2.0, 1, 0.3), Sampling(2.0, 0, 1.0, 1.0)):
+    for sampling in (*SAMPLINGS, Sampling(0.1), Sampling(5.0), Sampling(1e-40), Sampling(2.0, 1, 0.3),
+                     Sampling(2.0, 0, 1.0, 1.0)):
         found = texts(NativeDecoder(native, sampling=sampling, eos=()), prompts, 13, seeds)
         logits = native.lm_head(native(torch.tensor([p + text[:-1] for p, text in zip(prompts, found, strict=True)])))
         noise = None
