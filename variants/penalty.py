@@ -30,7 +30,6 @@ class RepetitionPenalty(NamedTuple):
 
 def penalize(decoder: Decoder, penalty: float) -> None:
     """Let a decoder of any engine, plain or with heads, keep its text in the cache and decode with this penalty."""
-    kind = type(decoder)
     if not isinstance(decoder, LookupDecoder):
-        decoder.__class__ = type(f"Text{kind.__name__}", (LookupDecoder, kind), {})
+        decoder.__class__ = type("TextDecoder", (LookupDecoder, type(decoder)), {})
     decoder.logits = RepetitionPenalty(decoder.model, penalty)

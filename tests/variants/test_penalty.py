@@ -24,16 +24,42 @@ def test_logits_of_tokens_in_the_text():
     assert penalized(logits.bfloat16(), seen, 1.3)[0] == torch.tensor(3.0) / 1.3            # not rounded to 16 bits
 
 
+def test_the_logits_of_a_node_are_those_behind_its_path():
+    """Of a text, the same as a plain forward's, penalized by all tokens of the text, the path's own included."""
+    model, tree = tiny_llama(std=0.3, vocab_size=60), Tree.from_paths([[0], [1], [0, 0], [1, 1], [0, 0, 0], [1, 1, 0]])
+    decoder, changed = Decoder(model, tiny_heads(model, 3), tree, eos=()), 0
+    penalize(decoder, 1.7)
+    texts = [[1, 8, 8, 3], [5], [*range(20)]]
+    with torch.inference_mode():
+        cache = decoder.new_cache(texts, 40)
+        state, out, count = decoder.start(texts, 40, range(3), cache)
+        for _ in range(5):
+            texts = [text + ids[:n].tolist() for text, ids, n in zip(texts, out, count, strict=True)]
+            ids, noise = decoder.draft(state)
+            hidden, logits = decoder.verify(state, ids, cache.shape[2])
+            for row, text in enumerate(texts):
+                for node, path in enumerate(tree.paths):
+                    way = text[:-1] + ids[row, tree.retrieve[node][:len(path) + 1]].tolist()
+                    expected = model.lm_head(model(torch.tensor([way]))[0, -1])
+                    for token in set(way):
+                        expected[token] *= 1.7 if expected[token] < 0 else 1 / 1.7
+                    assert torch.allclose(logits[row, node], expected, atol=1e-9)
+                    changed += len(set(way) - set(text)) > 2
+            accepted = decoder.accept(tree, ids, logits, noise, GREEDY)
+            state, out, count = decoder.commit(state, hidden, *accepted)
+    assert changed > 5
+
+
 def test_the_text_is_that_of_the_definition():
     """Trees whose paths repeat a token, prompts in batches and waiting for a row, chats that keep a prefix."""
     accepted = changed = 0
-    for case in range(12):
+    for case in range(9):
         rng = random.Random(case)
-        model = tiny_llama(case % 3, std=0.3)
+        model = tiny_llama(case % 3, std=0.3, vocab_size=50)                     # most ids are not in the text yet
         sampling = (GREEDY, Sampling(0.8), Sampling(1.2, 6, 0.95, 0.02))[case % 3]
         penalty, eos = rng.choice([1.1, 1.6, 0.7]), rng.choice([(), (2, 7)])
-        prompts = [random_prompt(rng, rng.choice([8, 85])) for _ in range(rng.randint(1, 3))]
-        seeds, new_tokens = [rng.randrange(10 ** 6) for _ in prompts], rng.randint(1, 20)
+        prompts = [random_prompt(rng, rng.choice([3, 3, 85]), 50) for _ in range(rng.randint(1, 3))]
+        seeds, new_tokens = [rng.randrange(10 ** 6) for _ in prompts], rng.randint(5, 15)
         heads = tiny_heads(model, noise=0.02, kind=rng.choice(KINDS), recent=rng.choice([1, 3]))
         tree = Tree.from_paths(check_paths(random_tree(rng, 4, 5, 40), len(heads), heads.draft_size))
         with torch.no_grad():
@@ -54,7 +80,7 @@ def test_the_text_is_that_of_the_definition():
             for prompt, seed, text in zip(prompts, seeds, expected, strict=True):
                 assert collect(decoder.generate([prompt], new_tokens, [seed]), 1)[0] == [text]
                 decoder.cached = prompt + text[:-1]
-    assert accepted > 20 and changed > 6
+    assert accepted > 10 and changed > 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
