@@ -18,11 +18,10 @@ import time
 from collections import Counter
 from itertools import islice
 from pathlib import Path
-
-
 from extras.chat import Chat, interactive
 from extras.command_line import ArgumentParser, command_line, row_seed, set_threads
 from extras.compare import compared
+from extras.ends import Text
 from extras.explain import explaining
 from extras.options import check_generate_options, generate_options
 from extras.report import figures, print_batch, printer, report, traced
@@ -42,6 +41,7 @@ from train_heads import evaluate
 from variants import batches
 from variants.heads import load_heads
 from variants.lookup import Lookup
+from variants.penalty import penalize
 from variants.typical import Typical
 
 OPENING = "Once upon a time, there was a little girl named Lily who loved to play in the garden."
@@ -80,74 +80,80 @@ def heads_and_tree(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None,
                               args.temperature)
     return heads if paths else None, Tree.from_paths(paths), source
 
-def decoder_of(args, model: Llama, heads: MedusaHeads | None, tree: Tree | None) -> Decoder:
-    decoder = engines.decoder(model, heads, tree or ROOT, args.sampling)
-    if args.acceptance == "typical":
-        decoder.accept = Typical(args.epsilon, args.delta)
+def decoder_of(args, model: Llama, heads: MedusaHeads | None = None, tree: Tree | None = None, eos=None) -> Decoder:
+    """Without heads plain decoding, with them what writes the same text."""
+    decoder = engines.decoder(model, heads, tree or ROOT, args.sampling, () if args.ignore_eos else eos)
+    if args.repetition_penalty:
+        penalize(decoder, args.repetition_penalty)
     return decoder
 
-def sample_number(index: int, args) -> dict:
-    """Which sample of its prompt a text is. Each text has a seed of its own: the first seed and its index."""
-    return {"sample": index % args.samples} if args.samples > 1 else {}
+def described(index: int, prompts: list, encoded: list, args) -> dict:
+    """Which text it is. Each has a seed of its own: the first seed and its index."""
+    sample = {"sample": index % args.samples} if args.samples > 1 else {}
+    return {"prompt": prompts[index], **sample, "prompt_tokens": len(encoded[index])}
 
 def run(decoder: Decoder, tokenizer: Tokenizer, ids: list, args, seed: int, emit) -> dict:
     """One prompt → tokens, steps, times. `emit(text, head)` gets the new text as it comes and the head that guessed it,
     0: the base model itself."""
-    stages, decode = Stages(args.device), tokenizer.stream(ids)
+    stages, text = Stages(args.device), Text(tokenizer, ids, decoder, args)
     decoder.run = stages if args.profile else call
     if args.explain:
         decoder.run, emit = explaining(tokenizer, ids), lambda text, head: None
     most = args.explain or args.max_steps
     steps = islice(decoder.generate([ids], args.max_new_tokens, [seed]), most and most + 1)     # the prefill first
-    new, seconds, text, accepted = [], 0.0, "", Counter()
+    seconds, accepted = 0.0, Counter()
     with traced(decoder, args.trace):
-        while True:
+        while not text.stopped:
             begin = time.perf_counter()
             (tokens,) = next(steps, (None,))
             seconds += time.perf_counter() - begin
-            for head, token in enumerate(tokens or (None,), 1):
-                piece = decode([] if token is None else [token], end=token is None)
-                text += piece
-                emit(piece, head if tokens and head < len(tokens) else 0)
             if tokens is None:
                 break
-            accepted[len(tokens) - 1] += len(new) > 0
-            new += tokens
-    return {"text": text, "token_ids": new, **figures(len(new), 1, accepted, seconds, stages)}
+            text.add_step(tokens, emit)
+            accepted[len(tokens) - 1] += len(text.ids) > 1
+        emit(text.add([], end=True), 0)
+    return text.result() | figures(len(text.ids), 1, accepted, seconds, stages)
 
 def many(decoder: Decoder, tokenizer: Tokenizer, prompts: list, encoded: list, args):
-    """--batch-size prompts at once. Yields what `one_prompt` gives, in the prompts' order, each as soon as it and all
-    before it are done; at last the figures of all together. A text's seconds are those of a row shared with others."""
+    """--batch-size prompts at once. Yields what is reported of each, or why it can't be continued, in their order, as
+    soon as it and all before it are done; at last the figures of all. A text's seconds are those of a shared row."""
     stages, begin = Stages(args.device), time.perf_counter()
     decoder.run = stages if args.profile else call
-    seeds = [row_seed(args.seed, i) for i in range(len(prompts))]
-    steps = batches.generate(decoder, encoded, args.max_new_tokens, seeds, args.batch_size)
-    done, everything, tokens, following = {}, Counter(), 0, 0
-    for i, new, seconds in batches.finished(steps):
-        ids, accepted = sum(new, []), Counter(len(step) - 1 for step in new[1:])
-        text = tokenizer.stream(encoded[i])(ids, end=True)
-        done[i] = {"prompt": prompts[i], **sample_number(i, args), "prompt_tokens": len(encoded[i]), "text": text,
-                   "token_ids": ids, **figures(len(ids), 1, accepted, seconds, Stages("cpu"))}
-        everything, tokens = everything + accepted, tokens + len(ids)
+    done = {}
+    for i, ids in enumerate(encoded):
+        try:
+            check_prompts([ids], decoder.model.config)
+        except UserError as error:
+            done[i] = {"error": str(error)}
+    good = [i for i in range(len(encoded)) if i not in done]
+    prompt_ids, seeds = [encoded[i] for i in good], [row_seed(args.seed, i) for i in good]
+    texts = {index: Text(tokenizer, ids, decoder, args) for index, ids in enumerate(prompt_ids)}
+    watch = {"is_over": lambda index, new: texts[index].add_step(new)} if args.stop else {}
+    steps = batches.generate(decoder, prompt_ids, args.max_new_tokens, seeds, args.batch_size, **watch)
+    everything, tokens, following = Counter(), 0, 0
+    for index, new, seconds in batches.finished(steps):
+        text, accepted = texts.pop(index), Counter(len(step) - 1 for step in new[1:])
+        text.add([] if watch else sum(new, []), end=True)
+        done[good[index]] = text.result() | figures(len(text.ids), 1, accepted, seconds, Stages("cpu"))
+        everything, tokens = everything + accepted, tokens + len(text.ids)
         while following in done:
-            yield done.pop(following)
+            yield described(following, prompts, encoded, args) | done.pop(following)
             following += 1
-    yield figures(tokens, len(prompts), everything, time.perf_counter() - begin, stages)
+    yield figures(tokens, len(good), everything, time.perf_counter() - begin, stages)
 
 def one_prompt(decoder: Decoder, tokenizer: Tokenizer, prompt: str, ids: list, seed: int, args) -> dict:
-    """Everything about one prompt, as `--json` prints it; without --json the text streams to the terminal meanwhile."""
+    """What is reported of one prompt's text; without --json it streams to the terminal meanwhile."""
     if not args.compare:
-        result = run(decoder, tokenizer, ids, args, seed, printer(args, prompt))
-        return {"prompt": prompt, "prompt_tokens": len(ids), **result}
-    plain = engines.decoder(decoder.model, sampling=args.sampling)
+        return run(decoder, tokenizer, ids, args, seed, printer(args, prompt))
+    plain = decoder_of(args, decoder.model, eos=decoder.eos.tolist())
     decode = lambda decoder, emit: run(decoder, tokenizer, ids, args, seed, emit)
-    return {"prompt": prompt, "prompt_tokens": len(ids), **compared(plain, decoder, decode, ids, seed, prompt, args)}
+    return compared(plain, decoder, decode, ids, seed, prompt, args)
 
 def arguments(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], epilog="Examples: at the top of generate.py.")
     generate_options(parser)
     args = parser.parse_args(argv)
-    args.sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    args.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     return args
 
 def main():
@@ -156,8 +162,10 @@ def main():
     prompts = [] if args.interactive else args.prompt or [OPENING]
     if args.prompts_file:
         prompts = prompts_of(args.prompts_file)
-        args.batch_size = min(args.batch_size, len(prompts) * args.samples)
     prompts = [prompt for prompt in prompts for _ in range(args.samples)]
+    together = args.prompts_file or args.samples > 1 and args.batch_size > 1
+    if together:
+        args.batch_size = min(args.batch_size, len(prompts))
     if base := base_of(args.model, args.revision):
         args.model, args.heads = base, args.heads or args.model     # the name of published heads alone
     model = engines.load(args.model, TORCH_DTYPES.get(args.dtype), args.device, args.revision, args.quantize, args.fast,
@@ -172,17 +180,19 @@ def main():
     args.system = SYSTEM if args.system is None else args.system
     set_threads(model, args.threads, args.batch_size)
     encoded = [tokenizer.encode(question(0, prompt, args.system) if chat else prompt) for prompt in prompts]
-    check_prompts(encoded, model.config)
+    check_prompts([min(encoded, key=lambda ids: len(ids) or 2 ** 63)] if together else encoded, model.config)
     decoder = decoder_of(args, model, heads, tree)
+    if args.acceptance == "typical":
+        decoder.accept = Typical(args.epsilon, args.delta)
     if args.interactive:
         return interactive(Chat(decoder, tokenizer, chat, args, lambda ids, seed, emit: run(
             decoder, tokenizer, ids, args, seed, emit)))
     about = {"tree": f"{len(tree.paths)} nodes, {tree_source}"} if tree else {}
-    if args.prompts_file:
+    if together:
         return print_batch(many(decoder, tokenizer, prompts, encoded, args), len(prompts), about, heads, args)
     for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         result = one_prompt(decoder, tokenizer, prompt, ids, row_seed(args.seed, index), args)
-        result |= about | sample_number(index, args)
+        result = described(index, prompts, encoded, args) | result | about
         shown = f"\ntree: {result['tree']}" if args.explain else "\n\n" + report(result, heads, args)
         print(json.dumps(result) if args.json else shown, flush=True)
 

@@ -16,6 +16,7 @@ Elsewhere, behind the same signatures: stronger heads, typical acceptance, promp
 Shapes: B rows, N nodes of the tree (root included), P path length (tree depth + 1), K heads, R hidden states that a
         head sees, V vocabulary size; T, S, W, H, L, G, D as in llama.py
 """
+import math
 import time
 from typing import NamedTuple
 
@@ -135,10 +136,11 @@ class NoHeads:
 
 # ------------------------------------------------------------------------------------------------------ sampling
 class Sampling(NamedTuple):
-    """temperature 0: the most likely token. top_k 0 and top_p 1: no limit."""
+    """temperature 0: the most likely token. top_k 0, top_p 1 and min_p 0: no limit."""
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
 
 GREEDY = Sampling()
 
@@ -153,7 +155,7 @@ def most_likely(logits: Tensor, ranked: Tensor, count: Tensor) -> Tensor:
     return logits.masked_fill(~stays, -torch.inf)
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Divide by the temperature T; -inf for what top-k, then top-p leave out, as in HF, ties aside: [..., V]."""
+    """Divide by the temperature T; -inf for what top-k, top-p, then min-p leave out, as in HF, ties aside: [..., V]."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits - logits.amax(dim=-1, keepdim=True)
     logits = logits / max(sampling.temperature, 1e-30)                                  # the largest is 0, never NaN
@@ -173,6 +175,9 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
                 break
         count = stays.sum(dim=-1, keepdim=True).clamp(min=1)                            # the first one always stays
         logits = most_likely(logits, ranked, count)
+    if sampling.min_p > 0:
+        least = math.log(sampling.min_p)                                                # beside the largest, which is 0
+        logits = logits.masked_fill(logits < least, -torch.inf)
     return logits
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2 ** 64       # SplitMix64's increment as an int64; products wrap
@@ -318,7 +323,11 @@ class Decoder:
         """One forward over all nodes: hidden [B, N, H], logits [B, N, V]."""
         tree = self.tree
         hidden = self.forward(ids, tree.depth, tree.ancestors, state.cache, state.length, window)
-        return hidden, self.model.lm_head(hidden)
+        return hidden, self.logits(state, ids, tree, hidden)
+
+    def logits(self, state: State, ids: Tensor, tree: Tree, hidden: Tensor) -> Tensor:
+        """Of the tokens behind the nodes: [B, N, V]. variants/penalty.py also looks at the text before them."""
+        return self.model.lm_head(hidden)
 
     accept = staticmethod(accept)       # variants/typical.py assigns another rule
 
@@ -380,7 +389,7 @@ class Decoder:
             emitted=torch.zeros_like(length),
             remaining=room.clamp(0, max_new_tokens),
             seed=torch.tensor(list(seeds), device=self.device))
-        logits = self.model.lm_head(hidden)                                                 # [B, 1, V]
+        logits = self.logits(state, root, self.root, hidden)                                # [B, 1, V]
         noise = self.noise(state)
         path, out, count = self.accept(self.root, root, logits, noise, self.sampling)
         return self.commit(state, hidden, path, out, count)

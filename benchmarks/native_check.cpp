@@ -201,7 +201,7 @@ static int64 difference(const std::vector<float>& a, const std::vector<float>& b
 }
 
 int main(int argc, char** argv) {
-    const Sampling samplings[] = {{0, 0, 1}, {0.7, 0, 1}, {1, 5, 1}, {0.9, 0, 0.8}, {1.2, 20, 0.9}};
+    const Sampling samplings[] = {{0, 0, 1}, {0.7, 0, 1}, {1, 5, 1}, {0.9, 0, 0.8}, {1.2, 20, 0.9, 0.1}};
     int64 cases = argc > 1 ? atoi(argv[1]) : 80, failed = 0, accepted = 0, possible = 0;
     uint64 greedy = 0, all = 0;             // checksums of tokens
     for (int64 n = 0; n < cases; n++) {

@@ -4,7 +4,7 @@ import sys
 from contextlib import suppress
 from itertools import takewhile
 from extras.command_line import row_seed
-from extras.report import histogram, original_table, printer
+from extras.report import ended, histogram, original_table, printer
 from loading.config import check_prompts
 from loading.documents import mended
 from loading.files import UserError, read_json, write_json
@@ -69,7 +69,8 @@ class Chat:
         self.answers += 1
         result = self.write(ids, seed, printer(self.args, "ASSISTANT:" if self.chat else message))
         self.decoder.cached = ids + result["token_ids"][:-1]
-        self.rounds.append([message, result["text"].strip() if self.chat else result["text"], result["token_ids"]])
+        answer_ids = None if result["finish_reason"] == "stop" else result["token_ids"]     # which hold the stop
+        self.rounds.append([message, result["text"].strip() if self.chat else result["text"], answer_ids])
         return result
 
     def show(self) -> None:
@@ -148,8 +149,8 @@ def interactive(chat: Chat) -> None:
             if text is None:
                 continue
             result = chat.answer(text)
-            print(f"\n[{result['new_tokens']} tokens, {result['tokens_per_second']:.1f} tokens/s, "
-                  f"{result['tokens_per_step'] or 0:.2f} tokens/step]")
+            print(f"\n[{result['new_tokens']} tokens{ended(result, ', {}')}, "
+                  f"{result['tokens_per_second']:.1f} tokens/s, {result['tokens_per_step'] or 0:.2f} tokens/step]")
             if chat.args.profile:
                 print("\n".join([original_table(result), *(histogram(result) if "medusa" in result["stages"] else [])]))
         except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 import torch
 from extras.report import printer
 from tinymedusa import Decoder, NoHeads, Sampling, gumbel_noise, perturbed, warp
+from variants.penalty import penalized
 from variants.typical import Typical
 
 REPEATS = 3     # timed runs of each, in turns; the median is reported
@@ -31,6 +32,8 @@ def first_difference(model, prompt: list, ours: list, plain: list, args, seed: i
     with torch.inference_mode():
         ids = torch.tensor([prompt + plain[:position]], device=args.device)
         logits = model.lm_head(model(ids)[0, -1])
+        seen = torch.zeros_like(logits, dtype=torch.bool).index_fill(0, ids[0], True)
+        logits = penalized(logits, seen, args.repetition_penalty or 1.0)
     noise = noise_at(seed, position, logits, args.sampling)
     return {"position": position, "margin": margin(logits, noise, args.sampling)}
 
@@ -43,14 +46,17 @@ def noise_at(seed: int, position: int, logits, sampling: Sampling):
 
 def margin(logits, noise, sampling: Sampling) -> float:
     """How near `sample` was to another token: logits [V] → the gap of the two best, with the noise at a temperature, or
-    the distance to the edge of the top-k (in logits / T) or of the nucleus (in probability), if that is smaller."""
+    the distance to an edge of what is left out, if that is smaller (in logits / T; of the nucleus in probability)."""
     best, second = perturbed(logits.double(), noise, sampling).topk(2).values.tolist()
     margins = [best - second]
     if sampling.temperature and 0 < sampling.top_k < len(logits):
         edge = warp(logits.double(), Sampling(sampling.temperature)).topk(sampling.top_k + 1).values
         margins.append((edge[-2] - edge[-1]).item())
     if sampling.temperature and sampling.top_p < 1:
-        probs = warp(logits.double(), sampling._replace(top_p=1.0)).softmax(-1)
+        probs = warp(logits.double(), sampling._replace(top_p=1.0, min_p=0.0)).softmax(-1)
         nucleus = probs.sort(descending=True).values.cumsum(-1)
         margins.append((nucleus - sampling.top_p).abs().min().item())
+    if sampling.temperature and sampling.min_p > 0:
+        others = warp(logits.double(), sampling._replace(min_p=0.0)).sort().values[:-1]
+        margins.append((others - others.new_tensor(sampling.min_p).log()).abs().min().item())
     return min(margins)

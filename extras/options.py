@@ -13,8 +13,10 @@ MODEL = str(Path(__file__).parent.parent / "model")
 HEADS_FIRST = 0.5       # --medusa-2: the share of the steps that trains the heads alone
 APART = {       # options of generate.py → those that make no sense beside them
     "--interactive": "--json --compare --prompt",
+    "--batch-size": "--interactive --compare --trace --max-steps --show-accepted --explain",
     "--prompts-file": "--prompt --interactive --compare --trace --max-steps --show-accepted",
-    "--tune": "--prompt --interactive --prompts-file --compare --profile --trace --max-steps --show-accepted",
+    "--tune": "--prompt --interactive --prompts-file --compare --profile --trace --max-steps --show-accepted "
+              "--stop --ignore-eos --repetition-penalty",
     "--explain": "--json --interactive --prompts-file --compare --tune --profile --trace --max-steps",
     "--fast": "--explain --trace"}          # which show torch's own step
 
@@ -33,10 +35,12 @@ def generate_options(parser: ArgumentParser) -> None:
     add("--revision", help="of the model on the hub")
     add("--prompt", action="append", type=text_argument, metavar="TEXT", help="may be repeated")
     add("--prompts-file", type=Path, metavar="FILE", help='one prompt a line; of a .jsonl a string or {"prompt": ..}')
-    add("--batch-size", type=number(int, 1, 4096), default=1, help="rows at once, with --prompts-file or --tune")
     add("--context", type=number(int, 1, LONGEST), help="tokens of a prompt and its text together (default: what the "
         "model's config says)")
+    add("--batch-size", type=number(int, 1, 4096), default=1, help="rows at once: prompts of a file, --samples")
     add("--max-new-tokens", type=number(int, 1), default=256)
+    add("--stop", action="append", type=text_argument, metavar="TEXT", help="ends a text; may be repeated")
+    flag("--ignore-eos", "a text goes on behind an end of text")
     add("--max-steps", type=number(int, 1), help="end after this number of decoding steps, plain or Medusa")
     add("--temperature", type=number(float, 0), default=0.0, help="0: always the most likely token")
     add("--acceptance", choices=["match", "typical"], default="match", help="typical: the paper's lossy rule")
@@ -44,6 +48,8 @@ def generate_options(parser: ArgumentParser) -> None:
     add("--delta", type=number(float, 1e-9, 1e9), default=0.3, help="of typical acceptance")
     add("--top-k", type=number(int, 0), default=0, help="0: no limit")
     add("--top-p", type=number(float, 1e-9, 1), default=1.0)
+    add("--min-p", type=number(float, 0, 1), default=0.0, help="least probability, as a share of the largest")
+    add("--repetition-penalty", type=number(float, 1e-9, 1e9), metavar="X", help="as in HF, 1: none")
     add("--seed", type=SEED, default=0, help="text i draws from seed + i")
     add("--samples", type=number(int, 1, 4096), default=1, help="texts for each prompt")
     add("--tune", type=Path, metavar="FILE", help="openings, one a line: write the tree that decodes such texts "
@@ -72,12 +78,16 @@ def check_generate_options(args) -> None:
     if args.compile:
         raise UserError("--compile is gone: give --fast")
     given = {f"--{name.replace('_', '-')}" for name, value in vars(args).items() if value not in (None, False)}
+    if args.batch_size == 1:
+        given.discard("--batch-size")
     for option, others in APART.items():
         if option in given and (wrong := given.intersection(others.split())):
             raise UserError(f"{option} does not go with {', '.join(sorted(wrong))}: leave out one or the other")
     keep_sources([args.trace], [args.model, Path(args.model, "medusa"), args.heads, args.tree])
-    if args.batch_size > 1 and not (args.prompts_file or args.tune):
-        raise UserError("--batch-size needs --prompts-file (or --tune)")
+    if args.batch_size > 1 and not (args.prompts_file or args.tune or args.samples > 1):
+        raise UserError("--batch-size needs --prompts-file (or --tune), or --samples")
+    if "" in (args.stop or ()):
+        raise UserError("--stop: the text is empty, so it appears everywhere")
     if args.samples > 1 and (args.interactive or args.tune or args.temperature == 0):
         raise UserError("--samples are texts for --prompt or --prompts-file that differ: add --temperature")
 

@@ -10,6 +10,8 @@ from tqdm import tqdm
 from loading.files import UserError, replacing, writable
 from tinymedusa import Decoder, Stages
 
+ENDED = {"stop": "ended by --stop", "length": "cut at --max-new-tokens", "context": "cut: the context is full",
+         "steps": "cut at --max-steps"}
 COLOURS = (36, 32, 33, 35, 34, 31)      # of heads 1, 2, ..; what the base model wrote itself has the terminal's own
 
 def figures(tokens: int, texts: int, accepted: Counter, seconds: float, stages: Stages) -> dict:
@@ -20,6 +22,11 @@ def figures(tokens: int, texts: int, accepted: Counter, seconds: float, stages: 
             "tokens_per_step": round((tokens - texts) / steps, 4) if steps else None,
             "accepted": [accepted[n] for n in range(max(accepted, default=-1) + 1)],
             "seconds": round(seconds, 6), "tokens_per_second": round(tokens / seconds, 2), "stages": totals}
+
+def ended(result: dict, form: str) -> str:
+    """`form` with a word on a text that no end-of-text token ended, or on a prompt that was skipped."""
+    why = result.get("error") or ENDED.get(result.get("finish_reason"))
+    return form.format(why) if why else ""
 
 @contextmanager
 def traced(decoder: Decoder, path: Path | None):
@@ -59,7 +66,8 @@ def print_batch(results, texts: int, about: dict, heads, args) -> None:
     with tqdm(total=texts, desc="writing texts", unit=" texts") as progress:
         for result in results:
             if "prompt" in result:
-                shown = json.dumps(result | about) if args.json else f"{result['prompt']}{result['text']}\n"
+                shown = f"{result['prompt']}{result.get('text', '')}\n" + ended(result, "[{}]\n")
+                shown = json.dumps(result | about) if args.json else shown
                 progress.write(shown + "\n", end="")           # whole lines, wherever it is stopped
                 progress.update()
     print(report(result | about, heads, args), end="", file=sys.stderr if args.json else sys.stdout, flush=True)
@@ -68,7 +76,7 @@ def report(result: dict, heads, args) -> str:
     """The figures of one prompt as text, the stage tables and accepted drafts with --profile."""
     line = lambda name, r: (f"{name:<8}{r['new_tokens']:>5} tokens {r['steps']:>5} steps "
                             f"{r['tokens_per_step'] or 0:>6.2f} tokens/step {r['seconds']:>8.3f} s "
-                            f"{r['tokens_per_second']:>9.1f} tokens/s")
+                            f"{r['tokens_per_second']:>9.1f} tokens/s{ended(r, '   {}')}")
     name, baseline = "medusa" if heads else "plain", result.get("baseline")
     lines = [line("plain", baseline)] if baseline else []
     lines.append(line(name, result))

@@ -519,7 +519,7 @@ struct Tree {                               // N nodes by depth, the root first
     int64 nodes, deepest;
     const int64 *parent, *depth, *rank;     // [N]
 };
-struct Sampling { double temperature; int64 top_k; double top_p; };
+struct Sampling { double temperature; int64 top_k; double top_p, min_p; };
 struct State {                              // tinymedusa.State; everything [B] but the cache and recent_hidden
     float* cache;                           // [L, B, 2, G, blocks, D, W], strides of L and B in floats
     int64 layer_stride, row_stride, blocks;
@@ -880,11 +880,11 @@ struct Best {
     }
 };
 
-// tinymedusa.sample of one row of logits: argmax(logits / T + noise) over what top-k and top-p leave.
+// tinymedusa.sample of one row of logits: argmax(logits / T + noise) over what top-k, top-p and min-p leave.
 static int64 sample(const float* logits, int64 n, const Sampling& s, uint64 key) {
     Best best;
     bool top_k = s.top_k > 0 && s.top_k < n;
-    if (s.temperature == 0 || (!top_k && s.top_p >= 1)) {
+    if (s.temperature == 0 || (!top_k && s.top_p >= 1 && s.min_p <= 0)) {
         best.find(logits, n, 1, s.temperature, key, nullptr);
         return best.id[0];
     }
@@ -913,6 +913,10 @@ static int64 sample(const float* logits, int64 n, const Sampling& s, uint64 key)
         for (; count < end - kept.begin() && before < s.top_p * total; count++)
             before += std::exp((double)kept[count].z);
         kept.resize(std::max<int64>(count, 1));
+    }
+    if (s.min_p > 0) {
+        float least = std::log(s.min_p);
+        std::erase_if(kept, [&](const Token& t) { return t.z < least; });
     }
     std::sort(kept.begin(), kept.end(), [](const Token& a, const Token& b) { return a.id < b.id; });
     float highest = -std::numeric_limits<float>::infinity();

@@ -47,7 +47,7 @@ class TreeStruct(Structure):
     _fields_ = fields("nodes deepest") + pointers("parent depth rank")
 
 class SamplingStruct(Structure):
-    _fields_ = fields("temperature", c_double) + fields("top_k") + fields("top_p", c_double)
+    _fields_ = fields("temperature", c_double) + fields("top_k") + fields("top_p min_p", c_double)
 
 class StateStruct(Structure):
     _fields_ = (pointers("cache") + fields("layer_stride row_stride blocks rows") +
@@ -291,7 +291,7 @@ class PackedHeads:
 class NativeDecoder(Decoder):
     """Decoder whose step is one call of the engine, or four where a part of it is replaced, in a subclass or on the
     decoder itself, or watched. The numbers of its state are written in place."""
-    PARTS = {"noise", "draft", "verify", "accept", "commit", "forward"}
+    PARTS = {"noise", "draft", "verify", "accept", "commit", "forward", "logits"}
 
     def __init__(self, model: NativeLlama, heads=None, tree: Tree = ROOT, sampling: Sampling = GREEDY, eos=None,
                  run=call):
@@ -305,7 +305,7 @@ class NativeDecoder(Decoder):
         self.plain, self.bound = heads is None, None
         self.overridden = {name for name in self.PARTS if getattr(type(self), name) is not getattr(NativeDecoder, name)}
         self.tree_struct = TreeStruct(nodes, len(tree.paths[-1]), at(tree.parent), at(tree.depth), at(tree.rank))
-        self.sampling_struct = SamplingStruct(sampling.temperature, sampling.top_k, sampling.top_p)
+        self.sampling_struct = SamplingStruct(*sampling)
         self.ends = c_int64(len(self.eos)), at(self.eos)
 
     def new_cache(self, prompts: list, max_new_tokens: int) -> Tensor:
@@ -332,7 +332,8 @@ class NativeDecoder(Decoder):
     def step(self, state: State, window: int, run) -> tuple[State, Tensor, Tensor]:
         watched = run is not call and type(run) is not Stages
         if watched or self.replaced() or not (self.plain or self.packed):
-            return super().step(state, window, run)
+            step, whole = super().step, self.plain and not watched
+            return run("base_inference", step, state, window, call) if whole else step(state, window, run)
         state = self.bind(state)
         self.model.lib.engine_step(*self.stepping)
         if run is not call:

@@ -105,7 +105,7 @@ def test_commit_ends_the_row_at_eos_and_takes_the_last_nodes_hidden():
 
 # ---------------------------------------------------------------------------------------------------------- warping
 
-def slow_warp(logits, temperature, top_k, top_p):
+def slow_warp(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
     """The definition, token by token."""
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
     kept = order[:top_k] if top_k else order
@@ -115,18 +115,20 @@ def slow_warp(logits, temperature, top_k, top_p):
         if top_p == 1 or not nucleus or mass < top_p:
             nucleus.append(i)
             mass += weight[i] / total
-    return [weight[i] / total if i in nucleus else 0.0 for i in range(len(logits))]
+    kept = {i for i in nucleus if weight[i] >= min_p}                            # the largest weight is 1
+    return [weight[i] / total if i in kept else 0.0 for i in range(len(logits))]
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 50])
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3, 0.01])
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.4, 1.0])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-def test_warp_against_its_definition(temperature, top_k, top_p):
+def test_warp_against_its_definition(temperature, min_p, top_k, top_p):
     logits = torch.randn(20, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(top_k))
     logits[::2] = logits[::2].round()                                            # ties: the lower id
-    probs = warp(logits, Sampling(temperature, top_k, top_p)).softmax(-1)
+    probs = warp(logits, Sampling(temperature, top_k, top_p, min_p)).softmax(-1)
     for row, expected in zip(probs.tolist(), logits.tolist(), strict=True):
-        want = slow_warp(expected, temperature, top_k, top_p)
+        want = slow_warp(expected, temperature, top_k, top_p, min_p)
         assert row == pytest.approx([w / sum(want) for w in want], abs=1e-12)
         assert [p > 0 for p in row] == [w > 0 for w in want]
 
@@ -136,7 +138,8 @@ def test_warp_of_a_large_vocabulary(size, spread):
     """Where the nucleus is larger than what is looked at first, or ties reach beyond it; each row as alone."""
     logits = spread * torch.randn(6, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
     logits[1::2] = logits[1::2].round(decimals=1 if spread < 1 else 0)
-    for limits in ((0, 0.97), (0, 0.5), (0, 0.05), (size // 2, 0.9), (size, 0.9), (size + 1, 1.0), (70, 1.0)):
+    for limits in ((0, 0.97), (0, 0.5), (0, 0.05), (size // 2, 0.9), (size, 0.9), (size + 1, 1.0), (70, 1.0),
+                   (0, 1.0, 0.9), (70, 0.97, 0.8)):
         sampling = Sampling(0.9, *limits)
         warped = warp(logits, sampling)
         for row, expected in zip(warped, logits.tolist(), strict=True):

@@ -104,12 +104,25 @@ def test_each_sample_draws_from_a_seed_of_its_own(tiny_folder, tmp_path, cli):
             (prompt, j) for prompt in ("the dog", "a cat") for j in range(3)]
         assert [(r["prompt"], r["sample"], r["token_ids"]) for r in batch] == [
             (r["prompt"], r["sample"], r["token_ids"]) for r in one_by_one]
+        rows = run(*prompts, "--batch-size", 4, "--samples", 3, "--seed", seed)
+        assert [r["token_ids"] for r in rows] == [r["token_ids"] for r in batch]
         for i, result in enumerate(one_by_one):
             alone, = run("--prompt", result["prompt"], "--seed", (seed + i) % 2 ** 63)
             assert alone["token_ids"] == result["token_ids"] and "sample" not in alone
         assert len({tuple(r["token_ids"]) for r in one_by_one}) == 6
     texts = [run("--prompt", "the dog", "--seed", seed)[0]["token_ids"] for seed in (0, 2 ** 32, 2 ** 62)]
     assert len(set(map(tuple, texts))) == 3
+
+
+def test_samples_are_rows_of_one_batch(tiny_folder, cli, monkeypatch):
+    rows, generate_ = [], generate.batches.generate
+    monkeypatch.setattr(generate.batches, "generate", lambda *a: rows.append((len(a[1]), a[4])) or generate_(*a))
+    args = ["--model", tiny_folder, "--prompt", "the dog", "--temperature", 1, "--max-new-tokens", 3, "--samples", 5]
+    for size, expected in ((1, []), (3, [(5, 3)]), (64, [(5, 5)])):
+        rows.clear()
+        status, out, _ = cli("generate", *args, "--batch-size", size, "--json")
+        assert status == 0 and rows == expected and [json.loads(line)["sample"] for line in out.splitlines()] == [
+            0, 1, 2, 3, 4]
 
 
 def test_heads_may_live_elsewhere_or_nowhere(tiny_folder, tmp_path, cli):

@@ -21,8 +21,9 @@ CASES = 320
 TOKEN_MAPS = (None, torch.tensor([2, 3, 4, 6, 7, 9, 11]))
 
 
-def naive(model, prompt, new_tokens, sampling, seed, eos):
-    """Plain decoding as its definition: the whole text again for every token, no cache, nothing in a batch.
+def naive(model, prompt, new_tokens, sampling, seed, eos, penalty=1.0):
+    """Plain decoding as its definition: the whole text again for every token, no cache, nothing in a batch;
+    a penalty divides the logits of the tokens that are in the text, and multiplies those below 0.
 
     Drawing is the Gumbel-max trick written out: the largest log p + noise, the noise of this seed and output position.
     """
@@ -30,6 +31,8 @@ def naive(model, prompt, new_tokens, sampling, seed, eos):
     noise = gumbel_noise(torch.tensor([seed]), torch.arange(new_tokens)[None], vocab)[0].tolist()
     while len(text) - len(prompt) < new_tokens and len(text) < model.config.max_position_embeddings:
         logits = model.lm_head(model(torch.tensor([text]))[0, -1]).tolist()
+        for i in set(text):
+            logits[i] = logits[i] * penalty if logits[i] < 0 else logits[i] / penalty
         if sampling.temperature == 0:
             token = max(range(vocab), key=lambda i: logits[i])
         else:
@@ -72,7 +75,8 @@ def test_the_great_equality():
         heads = random_heads(rng, model)
         paths = [] if rng.random() < 0.1 else random_tree(rng, rng.randint(1, 4), 5, rng.choice([6, 40, 80]))
         tree = Tree.from_paths(check_paths(paths, len(heads), heads.draft_size))
-        sampling = Sampling(rng.choice([0, 0.5, 0.8, 1.3]), rng.choice([0, 0, 4]), rng.choice([1.0, 0.9]))
+        sampling = Sampling(rng.choice([0, 0.5, 0.8, 1.3]), rng.choice([0, 0, 4]), rng.choice([1.0, 0.9]),
+                            (0.0, 0.0, 0.1, 0.3)[case % 4])
         prompts = [random_prompt(rng, rng.choice([8, 85])) for _ in range(rng.randint(1, 5))]
         seeds, new_tokens = [rng.randrange(10 ** 6) for _ in prompts], rng.randint(1, 60)
         batch_size = rng.choice([None, 1, 2, 3])                                 # the others wait for a row

@@ -6,11 +6,14 @@ import pytest
 import torch
 from conftest import MODEL
 
+from fast import engines
 from llama import CacheView, Llama, LlamaConfig, new_cache, rotary_table
 from loading.config import check_prompts, to_json
 from loading.files import UserError, read_json, write_json
 from loading.tokenizer import Tokenizer
-from tinymedusa import PlainDecoder
+from tinymedusa import PlainDecoder, Sampling, Tree, warp
+from variants.heads import load_heads
+from variants.penalty import penalize
 
 transformers = pytest.importorskip("transformers", reason="development requirement; test_golden.py runs without it")
 
@@ -280,6 +283,40 @@ def test_embedded_model_greedy_text():
         assert theirs(prompt).input_ids == ids
         expected = twin.generate(torch.tensor([ids]), max_new_tokens=120, do_sample=False, pad_token_id=0)[0, len(ids):]
         assert plain_text(ours, ids, 120) == expected.tolist()
+
+
+def test_greedy_text_with_a_repetition_penalty():
+    """Prompt tokens count. By the C++ step too, and by heads."""
+    twin = transformers.LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    ours, native = Llama.from_pretrained(MODEL), engines.load(MODEL, torch.float32, fast=True)
+    heads, tree = load_heads(MODEL / "medusa", ours), Tree.from_paths([[0], [1], [0, 0], [0, 0, 0]])
+    ids, texts = Tokenizer(MODEL, ours.config).encode("Once upon a time, there was a cat who saw a cat."), set()
+    for penalty in (1.3, 5.0, 0.8):
+        expected = twin.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False, pad_token_id=0,
+                                 repetition_penalty=penalty)[0, len(ids):].tolist()
+        decoders = [engines.decoder(m, *some) for m in (ours, native) for some in ((), (heads, tree))]
+        for decoder in decoders:
+            penalize(decoder, penalty)
+            assert [t for (new,) in decoder.generate([ids], 40) for t in new] == expected
+        texts.add(tuple(expected))
+    assert len(texts) == 3 and tuple(plain_text(ours, ids, 40)) not in texts
+
+
+@pytest.mark.parametrize("limits", [(0, 1.0, 0.0), (0, 1.0, 0.1), (0, 1.0, 1.0), (7, 1.0, 0.3), (0, 0.8, 0.05),
+                                    (30, 0.9, 0.2)], ids=str)
+def test_what_sampling_leaves_out(limits):
+    """In the order of HF's generate: temperature, top-k, top-p, min-p."""
+    top_k, top_p, min_p = limits
+    logits = 3 * torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    for temperature in (0.5, 1.0, 1.7):
+        config = transformers.GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p,
+                                               min_p=min_p)
+        twin = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY | {"num_hidden_layers": 1}))
+        chain = twin._get_logits_processor(config, input_ids_seq_length=1, device="cpu")
+        expected, ours = chain(None, logits), warp(logits, Sampling(temperature, top_k, top_p, min_p))
+        assert torch.equal(expected.isinf(), ours.isinf()) and not ours.isinf().all(-1).any()
+        assert torch.allclose(expected.softmax(-1), ours.softmax(-1), atol=1e-6)
+        assert expected.isinf().any() == (limits != (0, 1.0, 0.0))
 
 
 def test_the_embedded_model_has_the_shape_of_tinyllama_v0():

@@ -63,7 +63,7 @@ def cases(draw):
                        tie_lm_head=draw(st.booleans()))
     prompt = st.lists(st.integers(0, vocab - 1), min_size=1, max_size=context - 1)
     sampling = Sampling(draw(st.sampled_from([0, 0.3, 1.0, 5.0])), draw(st.integers(0, 4)),
-                        draw(st.sampled_from([1.0, 0.9, 0.2])))
+                        draw(st.sampled_from([1.0, 0.9, 0.2])), draw(st.sampled_from([0.0, 0.0, 0.05, 0.3])))
     prompts = draw(st.lists(prompt, min_size=1, max_size=5))
     return SimpleNamespace(
         model=model, heads=heads, tree=draw(trees(heads)), sampling=sampling, prompts=prompts,

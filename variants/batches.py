@@ -22,9 +22,11 @@ def without_finished(state: State, rows: list) -> tuple[State, list]:
     return state, [rows[row] for row in alive.tolist()]
 
 @torch.inference_mode()
-def generate(decoder: Decoder, prompts: list, max_new_tokens: int, seeds=None, batch_size: int | None = None):
+def generate(decoder: Decoder, prompts: list, max_new_tokens: int, seeds=None, batch_size: int | None = None,
+             is_over=lambda i, new: False):
     """Yield, for the prefill and then for each step, {a prompt's index: its new ids} of the prompts in the batch, of
-    batch_size rows (default: all). Prompt i draws from seeds[i] (default i), so its tokens are the same as alone."""
+    batch_size rows (default: all). Prompt i draws from seeds[i] (default i), so its tokens are the same as alone.
+    is_over(i, its new ids): the caller's word, before they are yielded, that its text ends here; it may shorten them."""
     seeds, waiting = seeds or range(len(prompts)), deque(range(len(prompts)))
     rows = [waiting.popleft() for _ in range(min(batch_size or len(prompts), len(prompts)))]    # row → prompt
     some = [max(prompts, key=len)] * len(rows)
@@ -33,10 +35,14 @@ def generate(decoder: Decoder, prompts: list, max_new_tokens: int, seeds=None, b
     while True:
         new = {i: ids[:n] for i, ids, n in zip(rows, out.tolist(), count.tolist(), strict=True) if n}
         for row, (remaining, used) in enumerate(zip(state.remaining.tolist(), state.length.tolist(), strict=True)):
-            while waiting and not remaining:
+            over = rows[row] in new and is_over(rows[row], new[rows[row]])
+            while waiting and (over or not remaining):
                 rows[row] = i = waiting.popleft()
                 state, new[i] = admit(decoder, state, row, prompts[i], max_new_tokens, seeds[i], used)
+                over = is_over(i, new[i])
                 remaining, used = int(state.remaining[row]), int(state.length[row])
+            if over:
+                state.remaining[row] = 0
         yield new
         if not any(state.remaining.tolist()):
             return

@@ -17,14 +17,14 @@ class Lookup:
     chain = [[0] * depth for depth in range(1, 5)]      # the default tree
 
     def __init__(self, config: LlamaConfig):
-        self.slot_size = 2 * config.num_key_value_heads * config.head_dim       # numbers of a slot in a layer
+        self.config = config
 
     def __len__(self) -> int:
         return DEEPEST
 
     def draft(self, tree: Tree, state: State, noise: Tensor | None, sampling: Sampling) -> Tensor:
         """What followed the last place where the longest end of the text stood before: [B, N - 1]."""
-        text = read_ids(ids_layer(state.cache, self.slot_size))                                     # [B, S]
+        text = read_ids(ids_layer(state.cache, self.config))                                        # [B, S]
         text = text.scatter(1, state.length[:, None], state.token[:, None])
         end, slot = state.length[:, None], torch.arange(text.shape[1], device=text.device)          # [B, 1], [S]
         matched = alive = (slot < end).long()                                                       # [B, S]
@@ -36,8 +36,9 @@ class Lookup:
         period = (end - match).clamp(min=1)             # past the end of the text: the same again
         return text.gather(1, match + 1 + (tree.depth[1:] - 1) % period)
 
-def ids_layer(cache: Tensor, slot_size: int) -> Tensor:
-    """The last layer of a cache by slots, whatever the order of its numbers: [B, S, slot_size]."""
+def ids_layer(cache: Tensor, config: LlamaConfig) -> Tensor:
+    """The last layer of a cache by slots, whatever the order of its numbers: [B, S, numbers of a slot]."""
+    slot_size = 2 * config.num_key_value_heads * config.head_dim
     return cache[-1].flatten(1).unflatten(1, (-1, slot_size))
 
 def read_ids(layer: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ class LookupDecoder(Decoder):
 
     def write(self, cache: Tensor, row, slot: Tensor, ids: Tensor) -> None:
         """Token ids [B, T] into the slots [B, T] of rows."""
-        layer = ids_layer(cache, self.heads.slot_size)
+        layer = ids_layer(cache, self.model.config)
         layer[row, slot, :3] = torch.stack((ids % 256, ids // 256 % 256, ids // 65536), dim=-1).to(cache.dtype)
 
     def prefill(self, prompts: list, cache: Tensor, recent: int, kept: int = 0) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ def test_a_story_in_turns(cli):
     first = terminal.say("Once upon a time", PLAIN)
     expected = one_shot(cli, "--prompt", "Once upon a time", "--max-new-tokens", 12)
     assert answer_of(first) == "Once upon a time" + expected["text"]
-    assert re.search(r"\n\[12 tokens, [\d.]+ tokens/s, [\d.]+ tokens/step\]\n$", first)
+    assert re.search(r"\n\[12 tokens, cut at --max-new-tokens, [\d.]+ tokens/s, [\d.]+ tokens/step\]\n$", first)
     second = answer_of(terminal.say("Tom saw it.", PLAIN))
     again = one_shot(cli, "--prompt", "Once upon a time" + expected["text"] + "Tom saw it.", "--max-new-tokens", 12)
     assert second == "Tom saw it." + again["text"]                               # it knows what stands before

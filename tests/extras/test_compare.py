@@ -1,5 +1,6 @@
 """--compare: where two outputs part, and the margin there, the distance from another sample."""
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,10 @@ from conftest import tiny_llama
 
 from extras.compare import first_difference, margin, noise_at
 from tinymedusa import GREEDY, PlainDecoder, Sampling, gumbel_noise, sample, warp
+from variants.penalty import penalize
 
-SAMPLINGS = [GREEDY, Sampling(0.9), Sampling(0.7, top_k=4), Sampling(1.3, top_p=0.8), Sampling(0.7, 5, 0.9)]
+SAMPLINGS = [GREEDY, Sampling(0.9), Sampling(0.7, top_k=4), Sampling(1.3, top_p=0.8), Sampling(0.7, 5, 0.9),
+             Sampling(1.1, min_p=0.1)]
 
 
 def test_margin():
@@ -28,9 +31,13 @@ def test_margin():
     skewed = torch.tensor([0.6, 0.3, 0.1]).double().log()
     assert margin(skewed, far, Sampling(1.0, 0, 0.85)) == pytest.approx(0.05)    # the nucleus: 0.6, 0.9, then all
     assert margin(skewed, far, Sampling(1.0, 2, 0.65)) == pytest.approx(2 / 3 - 0.65)  # of what the top-k left
+    assert margin(skewed, far, Sampling(1.0, min_p=0.4)) == pytest.approx(math.log(0.5 / 0.4))   # 0.3, half of 0.6
+    assert margin(skewed, far, Sampling(1.0, min_p=0.2)) == pytest.approx(math.log(0.2 * 6))     # 0.1, a sixth
+    assert margin(skewed, far, Sampling(1.0, 2, min_p=0.2)) == pytest.approx(math.log(0.5 / 0.2))
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.6), Sampling(1.5), Sampling(0.8, 3)], ids=str)
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.6), Sampling(1.5), Sampling(0.8, 3),
+                                      Sampling(0.8, min_p=0.2)], ids=str)
 def test_nothing_nearer_than_the_margin_changes_the_sample(sampling):
     """A little more than the margin does: it is the least change of the gap of two logits (by T) that can."""
     generator, at_the_edge = torch.Generator().manual_seed(0), 0
@@ -49,20 +56,26 @@ def test_nothing_nearer_than_the_margin_changes_the_sample(sampling):
         toward = torch.zeros(9, dtype=torch.float64)
         toward[ranked.indices] = torch.tensor([-0.501, 0.501], dtype=torch.float64) * room * temperature
         assert sample(logits + toward, noise, sampling) == ranked.indices[1]
-    assert (at_the_edge > 0) == (sampling.top_k > 0) and at_the_edge < 190
+    assert (at_the_edge > 0) == (sampling.top_k > 0 or sampling.min_p > 0) and at_the_edge < 190
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_the_first_difference_and_its_margin(sampling):
+@pytest.mark.parametrize("sampling, penalty", [*((s, None) for s in SAMPLINGS), (GREEDY, 1.4), (Sampling(0.9), 0.7)],
+                         ids=str)
+def test_the_first_difference_and_its_margin(sampling, penalty):
     """At each position of a text of plain decoding: the margin is that of the very draw that decoding made there."""
     model, prompt, seed = tiny_llama(), [1, 5, 9, 3], 11
-    args = SimpleNamespace(max_steps=None, device="cpu", sampling=sampling)
-    plain = [i for step in PlainDecoder(model, sampling, eos=()).generate([prompt], 20, [seed]) for i in step[0]]
+    args = SimpleNamespace(max_steps=None, device="cpu", sampling=sampling, repetition_penalty=penalty)
+    decoder = PlainDecoder(model, sampling, eos=())
+    if penalty:
+        penalize(decoder, penalty)
+    plain = [i for step in decoder.generate([prompt], 20, [seed]) for i in step[0]]
     part = lambda ours, theirs=plain: first_difference(model, prompt, ours, theirs, args, seed)
     assert part(plain) is None and len(plain) == 20 and len(set(plain)) > 2
     for position in range(20):
         with torch.no_grad():
             logits = model.lm_head(model(torch.tensor([prompt + plain[:position]]))[0, -1])
+        for token in {*prompt, *plain[:position]} if penalty else ():
+            logits[token] *= penalty if logits[token] < 0 else 1 / penalty
         noise = None if sampling == GREEDY else gumbel_noise(torch.tensor([seed]), torch.tensor([[position]]), 12)[0, 0]
         assert sample(logits, noise, sampling) == plain[position]
         wrong = [(token + (i >= position)) % 12 for i, token in enumerate(plain)]        # and all behind it

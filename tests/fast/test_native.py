@@ -33,11 +33,13 @@ from tinymedusa import GREEDY, Decoder, PlainDecoder, Sampling, Stages, State, T
 from variants import batches
 from variants.heads import HydraHeads, load_heads
 from variants.lookup import Lookup, LookupDecoder
+from variants.penalty import penalize
 from variants.typical import Typical
 
 EXAMPLES = int(os.environ.get("TINYMEDUSA_EXAMPLES", 40))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-SAMPLINGS = (GREEDY, Sampling(0.7), Sampling(1.2, 5), Sampling(0.8, 0, 0.9), Sampling(1.0, 9, 0.8))
+SAMPLINGS = (GREEDY, Sampling(0.7), Sampling(1.2, 5), Sampling(0.8, 0, 0.9), Sampling(1.0, 9, 0.8),
+             Sampling(0.9, 0, 1.0, 0.2), Sampling(1.1, 40, 0.95, 0.1))
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
 ALONE = Tree.from_paths([])                                                   # the root, which is all of plain decoding
@@ -496,7 +498,8 @@ def test_the_engine_samples_as_torch_does(std):
     nn.init.normal_(model.lm_head.weight, std=std)
     native, prompts = packed(model), [[i] for i in range(20)]
     seeds = [0, 1, 2 ** 63 - 1, *range(10 ** 12, 10 ** 12 + 17)]
-    for sampling in (*SAMPLINGS, Sampling(0.1), Sampling(5.0), Sampling(1e-40), Sampling(2.0, 1, 0.3)):
+    for sampling in (*SAMPLINGS, Sampling(0.1), Sampling(5.0), Sampling(1e-40), Sampling(2.0, 1, 0.3),
+                     Sampling(2.0, 0, 1.0, 1.0)):
         found = texts(NativeDecoder(native, sampling=sampling, eos=()), prompts, 13, seeds)
         logits = native.lm_head(native(torch.tensor([p + text[:-1] for p, text in zip(prompts, found, strict=True)])))
         noise = None
@@ -603,12 +606,16 @@ def one_token_a_step(decoder):
     decoder.commit = lambda state, hidden, path, out, count: commit(state, hidden, path, out, count.clamp(max=1))
 
 
+def other_logits(decoder):
+    decoder.logits = lambda state, ids, tree, hidden: decoder.model.lm_head(hidden).roll(1, dims=-1)
+
+
 def typical(decoder):
     decoder.accept = Typical()
 
 
 REPLACEMENTS = (another_draft, heads_that_draft_otherwise, another_noise, no_noise, some_tokens_only, other_ids,
-                one_token_a_step, typical)
+                one_token_a_step, other_logits, typical)
 
 
 @pytest.mark.parametrize("replace", REPLACEMENTS, ids=lambda function: function.__name__)
@@ -683,6 +690,26 @@ def test_prompts_that_wait_for_a_row(sampling):
     assert len(set(map(len, expected))) > 3                                      # rows end at different times
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.9), Sampling(1.2, 30, 0.95, 0.05)], ids=str)
+def test_a_repetition_penalty(sampling):
+    """The text is torch's, of plain decoding, of heads and by lookup, alone and of prompts that wait for a row."""
+    model = tiny_llama(dtype=torch.float32, vocab_size=50, std=0.3)
+    native, rng = packed(model), random.Random(0)
+    prompts = [[rng.randrange(50) for _ in range(rng.randint(1, 60))] for _ in range(7)]
+    plain = PlainDecoder(model, sampling, (2, 7))
+    unchanged = [texts(plain, [prompt], 25, [i])[0] for i, prompt in enumerate(prompts)]
+    penalize(plain, 1.5)
+    expected = [texts(plain, [prompt], 25, [i])[0] for i, prompt in enumerate(prompts)]
+    heads, chain = tiny_heads(native, noise=0.05, recent=3, kind="hydra"), Tree.from_paths(Lookup.chain)
+    for decoder in (NativeDecoder(native, sampling=sampling, eos=(2, 7)),
+                    NativeDecoder(native, heads, TREE, sampling, (2, 7)),
+                    NativeLookupDecoder(native, Lookup(native.config), chain, sampling, (2, 7))):
+        penalize(decoder, 1.5)
+        for batch_size in (1, 3):
+            assert in_a_batch(decoder, prompts, 25, batch_size) == expected
+    assert sum(a != b for a, b in zip(expected, unchanged, strict=True)) > 4
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.7)], ids=str)
 def test_lookup_takes_torchs_steps(sampling):
     model = tiny_llama(dtype=torch.float32, vocab_size=50, std=0.3, max_position_embeddings=200)
@@ -718,15 +745,17 @@ def test_a_kept_prefix_changes_no_token(lookup):
 # -------------------------------------------------------------------------------------------------- stages and builds
 
 @pytest.mark.parametrize("medusa", [False, True], ids=["plain", "medusa"])
-def test_stages_are_those_of_torchs_decoder(medusa):
+@pytest.mark.parametrize("penalty", [None, 1.3])
+def test_stages_are_those_of_torchs_decoder(penalty, medusa):
     model = tiny_llama(dtype=torch.float32, vocab_size=40, std=0.3)
     native, calls, clocks = packed(model), [], [Stages("cpu"), Stages("cpu")]
     heads = tiny_heads(native, noise=0.05, kind="hydra")
-    ours, theirs = (NativeDecoder(native, heads, TREE), Decoder(model, heads, TREE)) if medusa else \
-        (NativeDecoder(native), PlainDecoder(model))
+    ours, theirs = [kind(m, heads, TREE, eos=()) for kind, m in ((NativeDecoder, native), (Decoder, model))] if medusa \
+        else [kind(m, eos=()) for kind, m in ((NativeDecoder, native), (PlainDecoder, model))]
     for decoder, clock in zip((ours, theirs), clocks, strict=True):
         decoder.run = clock
-        decoder.eos = decoder.eos[:0]
+        if penalty:
+            penalize(decoder, penalty)
         steps = written(decoder, [[1, 5], [1, 9]], 30)
         calls.append({name: len(seconds) for name, seconds in clock.seconds.items()})
         assert len(clock.seconds["init"]) == 1 and all(t >= 0 for times in clock.seconds.values() for t in times)

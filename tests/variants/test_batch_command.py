@@ -81,18 +81,41 @@ def test_more_than_fits_a_line(tiny_folder, files, tmp_path, cli):
     (tmp_path / "bad.jsonl").write_text('"fine"\n{"text": "x"}\n')
     (tmp_path / "half.jsonl").write_text('"fine"\n{"prompt"\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "long.txt").write_text("fine\n" + "x y " * 40)
+    (tmp_path / "long.txt").write_text("x y " * 40 + "\n" + "a b " * 40)
     for args, says in ((["--prompts-file", tmp_path / "no.txt"], "can't read"),
                        (["--prompts-file", tmp_path / "empty.txt"], "holds no prompt: write one a line"),
                        (["--prompts-file", tmp_path / "bad.jsonl"], 'line 2: expected a string or an object with a'),
                        (["--prompts-file", tmp_path / "half.jsonl"], "line 2 is not valid JSON"),
                        (["--prompts-file", tmp_path / "latin.txt"], "is not UTF-8 text"),
-                       (["--prompts-file", tmp_path / "long.txt"], "prompt 2 has"),
+                       (["--prompts-file", tmp_path / "long.txt"], "the prompt has 82 tokens, the context holds 64"),
                        (["--prompts-file", files[0], "--batch-size", 0], "--batch-size: '0' is not a whole number"),
                        (["--prompts-file", files[0], "--compare"], "--prompts-file does not go with --compare: leave"),
                        (["--batch-size", 2], "--batch-size needs --prompts-file")):
         status, out, err = cli("generate", "--model", tiny_folder, *args)
         assert status == 2 and out == "" and err.count("\n") == 1 and says in err, err
+
+
+@pytest.mark.parametrize("more", [[], ["--fast"], ["--samples", 2, "--temperature", 0.9], ["--stop", "e"]], ids=str)
+def test_a_prompt_that_the_context_cannot_hold_is_skipped(more, tiny_folder, tmp_path, cli):
+    """With a line in its place that says so; the other texts, their seeds too, are what they are."""
+    prompts = ["x y " * 40, "dog", "", "the cat", "a b c d " * 20, "once"]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    args = ["--model", tiny_folder, "--max-new-tokens", 12, "--batch-size", 2, *more]
+    found, _ = results(cli, *args, "--prompts-file", tmp_path / "p.jsonl")
+    samples = 2 if "--samples" in more else 1
+    assert [r["prompt"] for r in found] == [p for p in prompts for _ in range(samples)]
+    assert [r["prompt"] for r in found if "error" in r] == [prompts[0]] * samples + [prompts[4]] * samples
+    assert {r["error"] for r in found[:samples]} == {
+        "the prompt has 161 tokens, the context holds 64: shorten the prompt"}
+    assert all(r["prompt_tokens"] == 161 and not r.keys() & {"text", "token_ids", "finish_reason"}
+               for r in found[:samples])
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps(p[:30]) for p in prompts))
+    without, _ = results(cli, *args, "--prompts-file", tmp_path / "q.jsonl")
+    assert [(r["text"], r["token_ids"]) for r, old in zip(without, found, strict=True) if "error" not in old] == [
+        (r["text"], r["token_ids"]) for r in found if "error" not in r]
+    status, out, _ = cli("generate", *args, "--prompts-file", tmp_path / "p.jsonl")
+    line = "\n[the prompt has 161 tokens, the context holds 64: shorten the prompt]\n"
+    assert status == 0 and out.startswith(prompts[0] + line) and out.count(line) == samples
 
 
 def test_every_write_is_a_whole_line(tiny_folder, files, cli, monkeypatch):

@@ -56,6 +56,39 @@ def test_a_finished_row_takes_the_next_prompt(medusa):
     assert all(i in steps[0] for i in range(4)) and [i for s in steps for i in s if i > 3][0] == 4    # in their order
 
 
+@pytest.mark.parametrize("medusa", [False, True], ids=["plain", "medusa"])
+def test_a_row_that_the_caller_ends_is_free_at_once(medusa):
+    """Texts end behind their first 7 or their 1st to 9th token: each is cut there, and no step computes it further."""
+    model, rows = tiny_llama(std=0.3), []
+
+    def spy(name, function, *args):
+        if name in ("base_inference", "medusa"):
+            rows.append(len(args[0].token))
+            assert args[0].remaining.all()                                       # replaced, or gone from the batch
+        return function(*args)
+    prompts, seen = [[1, 3 + i % 9, *[5] * (i % 7 * 10)] for i in range(30)], [[] for _ in range(30)]
+
+    def is_over(i, new):
+        for n, token in enumerate(new, 1):
+            seen[i].append(token)
+            if token == 7 or len(seen[i]) == 1 + i % 9:
+                del new[n:]
+                return True
+        return False
+    decoder, expected = PlainDecoder(model, DRAWN, (), spy), alone(PlainDecoder(model, DRAWN, ()), prompts, 20)
+    if medusa:
+        heads = tiny_heads(model, noise=0.05)
+        decoder = Decoder(model, heads, Tree.from_paths(published_tree(4)), DRAWN, (), spy)
+    ends = [next(n for n, token in enumerate(text, 1) if token == 7 or n == 1 + i % 9)
+            for i, text in enumerate(expected)]
+    steps = list(batches.generate(decoder, prompts, 20, None, 4, is_over))
+    assert collect(steps, 30)[0] == [text[:n] for text, n in zip(expected, ends, strict=True)] == seen
+    last = max(i for i, step in enumerate(steps) if len(step) >= 4)
+    assert set(rows[:last]) == {4} and len(set(ends)) > 6
+    assert sum(rows) < sum(ends) - 30 + 8                                        # rows at work, but at the very end
+    assert not medusa or any(len(ids) > 1 for step in steps for ids in step.values())
+
+
 def test_nothing_of_a_finished_row_is_seen_not_even_nan():
     model = tiny_llama()
     model.embed_tokens.weight.data[0] = torch.nan                                # a token that spoils its row

@@ -44,7 +44,7 @@ def test_drafts_continue_the_longest_earlier_match(dtype, vocab_size):
         state, out, _ = decoder.start(prompts, 60, range(12), cache)
         texts = [p + [int(t)] for p, t in zip(prompts, out[:, 0], strict=True)]
         for _ in range(6):
-            kept = read_ids(ids_layer(state.cache, decoder.heads.slot_size))
+            kept = read_ids(ids_layer(state.cache, model.config))
             for row, text in enumerate(texts):
                 assert kept[row, :len(text) - 1].tolist() == text[:-1]
             drafted, _ = decoder.draft(state)
