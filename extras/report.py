@@ -40,6 +40,14 @@ def traced(decoder: Decoder, path: Path | None):
             temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)
             raise UserError("can't write the trace: is the disk full?")
 
+def shown(prompt: str | list, args) -> str:
+    """What stands in front of a text: the prompt that it goes on with, or the line that it answers."""
+    if isinstance(prompt, list):
+        prompt = prompt[-1].get("content") or ""
+    elif not args.chat:
+        return prompt
+    return prompt + "\n"
+
 def printer(args, before: str):
     """Prints text as it comes, `before` in front of the first; nothing with --json."""
     coloured = args.show_accepted and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -56,8 +64,8 @@ def print_batch(results, texts: int, about: dict, heads, args) -> None:
     with tqdm(total=texts, desc="writing texts", unit=" texts") as progress:
         for result in results:
             if "prompt" in result:
-                shown = json.dumps(result | about) if args.json else f"{result['prompt']}{result['text']}\n"
-                progress.write(shown + "\n", end="")           # whole lines, wherever it is stopped
+                line = json.dumps(result | about) if args.json else f"{shown(result['prompt'], args)}{result['text']}\n"
+                progress.write(line + "\n", end="")           # whole lines, wherever it is stopped
                 progress.update()
     print(report(result | about, heads, args), end="", file=sys.stderr if args.json else sys.stdout, flush=True)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import prepare_data
 from llama import LlamaConfig
 from loading.documents import Partial, beside, read_tokens, texts, write_tokens
-from loading.templates import SYSTEM
+from loading.templates import SYSTEM, Vicuna
 from loading.tokenizer import Tokenizer
 from loading.trees import published_tree
 from prepare_data import answered_anew, continuations, continued, opening, rendered, tokenised
@@ -24,6 +24,12 @@ from tinymedusa import Decoder, PlainDecoder, Sampling, Tree
 from variants import batches
 
 SAMPLE = TESTS / "sharegpt.json"        # of our own writing
+
+
+def messages(*rounds):
+    """Of rounds (question, answer)."""
+    return [{"role": role, "content": text} for pair in rounds
+            for role, text in zip(("user", "assistant"), pair, strict=True)]
 
 
 @pytest.fixture
@@ -62,7 +68,8 @@ def test_special_tokens_in_a_text_are_text(tmp_path, tokenizer, cli, tiny_folder
 
 def test_the_template_and_its_loss(tokenizer):
     """vicuna_v1.1 to the letter, and loss on the answers with their leading space and eos, on nothing else."""
-    document, = rendered(iter([[["What is 2 squared?", "Four."], ["And of four?", "Sixteen <s>."]]]), tokenizer)
+    document, = rendered(iter([messages(["What is 2 squared?", "Four."], ["And of four?", "Sixteen <s>."])]),
+                         Vicuna(tokenizer))
     ids, loss = document.ids, document.loss
     system = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
               "detailed, and polite answers to the user's questions.")
@@ -163,7 +170,8 @@ def test_conversations_answered_anew(tokenizer):
     talks = {3: [["hi", "x"], ["and now?", "y"]], 4: [["a longer question", "z"]],
              9: [["q", "x"], ["r", "x"], ["s", "x"]]}
     progress = bar(3)
-    documents = list(answered_anew(talks, tokenizer, writer(model, 1.0, limit=200), 700, progress))
+    documents = list(answered_anew({key: messages(*rounds) for key, rounds in talks.items()}, Vicuna(tokenizer),
+                                   writer(model, 1.0, limit=200), 700, progress))
     expected = []
     for seed, rounds in talks.items():
         ids, loss = [1], [False]
@@ -184,9 +192,9 @@ def test_conversations_answered_anew(tokenizer):
 
 def test_questions_without_room(tokenizer):
     """A conversation ends before one, or is none; the bar counts it all the same."""
-    talks = {0: [["a", "x"], ["b" * 900, "x"]], 1: [["c" * 900, "x"]], 2: [["d", "x"], ["e", "x"]]}
+    talks = {0: messages("ax", ["b" * 900, "x"]), 1: messages(["c" * 900, "x"]), 2: messages("dx", "ex")}
     progress, answers = bar(3), lambda turn, prompts: ((key, [5, 2]) for key in reversed(prompts))
-    documents = list(answered_anew(talks, tokenizer, answers, 600, progress))
+    documents = list(answered_anew(talks, Vicuna(tokenizer), answers, 600, progress))
     assert [(d.ids == 5).sum() for d in documents] == [1, 2] and progress.n == 3
 
 

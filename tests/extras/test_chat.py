@@ -22,7 +22,7 @@ from extras.chat import Chat, keep_prefix
 from extras.report import COLOURS
 from llama import Llama, new_cache
 from loading.files import write_json
-from loading.templates import template_of
+from loading.templates import VICUNA, Plain, Vicuna, template_of
 from loading.tokenizer import Tokenizer
 from tinymedusa import Decoder, PlainDecoder, Tree
 from variants.heads import load_heads
@@ -258,7 +258,8 @@ def talk(tiny_folder, monkeypatch):
         fed, real = [], model.forward
         monkeypatch.setattr(model, "forward", lambda ids, *a: fed.append(ids[0].tolist()) or real(ids, *a))
         tokenizer = Tokenizer(tiny_folder, model.config)
-        client = Chat(decoder, tokenizer, chat, args, lambda ids, seed, emit: generate.run(
+        template = (Vicuna if chat else Plain)(tokenizer)
+        client = Chat(decoder, tokenizer, template, args, lambda ids, seed, emit: generate.run(
             decoder, tokenizer, ids, args, seed, emit))
         vars(client.args).update(over)
         return client, fed
@@ -350,7 +351,7 @@ def test_a_full_context_is_trimmed_with_a_notice(talk, capsys):
 
 def test_the_vicuna_template_to_the_letter(talk):
     client, _ = talk(chat=True, system=None)
-    client.system = "SYS."
+    client.template.system = "SYS."
     backend = client.tokenizer
     client.rounds = [["hi", "yo", backend.encode(" yo")[1:] + [2]], ["more", "ok", None]]
     ids = client.encode(client.rounds, "end")
@@ -359,9 +360,9 @@ def test_the_vicuna_template_to_the_letter(talk):
     assert ids == [1, *text[0], *text[1], 2, *text[2], 2, *text[3]]
     client.rounds[0][2] = backend.encode(" yo")[1:]                              # an answer that was cut short
     assert client.encode(client.rounds, "end") == ids
-    client.system, client.rounds = "S", [["a", "b", [50, 2]]]                    # an answer's end is no end of a talk
+    client.template.system, client.rounds = "S", [["a", "b", [50, 2]]]           # an answer's end is no end of a talk
     assert client.prompt("c") == client.encode(client.rounds, "c")
-    client.system = ""
+    client.template.system = ""
     assert client.encode([], "c") == backend.encode("USER: c ASSISTANT:")
 
 
@@ -372,11 +373,12 @@ def test_behind_the_end_of_a_text_a_new_one_begins(talk):
 
 
 def test_who_is_a_chat_model(tiny_folder, tmp_path):
-    named = lambda *a: template_of(generate.arguments(["--model", *map(str, a)]))
+    tokenizer = Tokenizer(tiny_folder, Llama.from_pretrained(tiny_folder).config)
+    named = lambda *a: template_of(generate.arguments(["--model", *map(str, a)]), tokenizer).name
     assert named(MODEL) == named(tiny_folder) == "plain"
-    assert named(tiny_folder, "--template", "vicuna") == "vicuna"
+    assert named(tiny_folder, "--template", "vicuna") == VICUNA
     config = json.loads((tiny_folder / "config.json").read_text())
     write_json(tiny_folder / "config.json", config | {"_name_or_path": "lmsys/Vicuna-7b"})
-    assert named(tiny_folder) == "vicuna" and named(tiny_folder, "--template", "plain") == "plain"
+    assert named(tiny_folder) == VICUNA and named(tiny_folder, "--template", "plain") == "plain"
     shutil.copytree(MODEL, tmp_path / "TinyLLama-v0")
     assert named(tmp_path / "TinyLLama-v0") == "plain"

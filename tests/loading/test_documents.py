@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -236,9 +237,15 @@ def test_a_text_without_separators_comes_in_pieces(tmp_path, monkeypatch):
 
 def test_conversations():
     """In the sample: a leading gpt turn, an unanswered question at the end, turns out of order, one without a round."""
-    talks = list(conversations(TESTS / "sharegpt.json"))
-    assert [len(rounds) for rounds in talks] == [1, 2, 1, 1] and talks[0] == [["Who are you?", "A small model."]]
-    assert talks[1][1] == ["And of four?", "Sixteen."] and talks[2][0][0] == "Is a cat a dog?"
+    dropped = Counter()
+    talks = list(conversations(TESTS / "sharegpt.json", dropped))
+    user, assistant = ([[m["content"] for m in talk if m["role"] == role] for talk in talks]
+                       for role in ("user", "assistant"))
+    rounds = [list(map(list, zip(*pair, strict=True))) for pair in zip(user, assistant, strict=True)]
+    assert [len(r) for r in rounds] == [1, 2, 1, 1] and rounds[0] == [["Who are you?", "A small model."]]
+    assert rounds[1][1] == ["And of four?", "Sixteen."] and rounds[2][0][0] == "Is a cat a dog?"
+    assert [talk[0]["content"] for talk in talks if talk[0]["role"] == "system"] == ["Be brief."]
+    assert dropped == {"out of turn or empty": 1 + 1 + 3 + 2}
 
 
 def test_half_characters_and_odd_separators(tmp_path):
@@ -246,7 +253,8 @@ def test_half_characters_and_odd_separators(tmp_path):
     assert list(texts(tmp_path / "a.jsonl", "-")) == ["a \N{REPLACEMENT CHARACTER} b"]
     (tmp_path / "a.json").write_text(
         '[{"conversations": [{"from": "human", "value": "\\udc00"}, {"from": "gpt", "value": "b"}]}]')
-    assert list(conversations(tmp_path / "a.json")) == [[["\N{REPLACEMENT CHARACTER}", "b"]]]
+    talk, = conversations(tmp_path / "a.json", Counter())
+    assert [m["content"] for m in talk] == ["\N{REPLACEMENT CHARACTER}", "b"]
     (tmp_path / "a.txt").write_text("one\n --- \ntwo")
     assert list(texts(tmp_path / "a.txt", " --- ")) == ["one", "two"]
 
