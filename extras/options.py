@@ -63,7 +63,7 @@ def generate_options(parser: ArgumentParser) -> None:
     flag("--multiline", "with --interactive: a message ends with Ctrl-D")
     flag("--chat", "each prompt is a message to a chat model, put to it by its template")
     add("--template", choices=["auto", "model", "vicuna", "plain"], default="auto", help="how messages are put "
-        "to the model; plain: it goes on with the text (auto: its own chat template, else vicuna_v1.1 for a model named "
+        "to the model; plain: it goes on with the text (auto: its own chat template, else vicuna_v1.1 for one named "
         "so, else plain)")
     add("--system", type=text_argument, help="the system message of a chat")
     flag("--json", "one JSON object a prompt, nothing else on stdout")

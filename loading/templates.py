@@ -10,7 +10,7 @@ VICUNA = "vicuna_v1.1"
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 ADDITIONAL = "additional_chat_templates"
-LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}     # what its tokenizer's class calls them
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}     # LlamaTokenizer's, if no file has any
 START, END = "\U000f0000", "\U000f0001"         # around a special token's name in a message: there it is text
 MARKS = re.compile(f"{START}(.*?){END}|[{START}{END}]", re.DOTALL)
 
@@ -149,7 +149,8 @@ def own_template(name_or_path, revision=None) -> tuple[str | None, dict[str, str
 
 def special_tokens(settings: dict, others: dict) -> dict[str, str]:
     """The contents of tokenizer_config.json and special_tokens_map.json → {"bos_token": "<s>", ..}."""
-    found = dict(LLAMA) if "llama" in str(settings.get("tokenizer_class", "Llama")).lower() else {}
+    of_llama = str(settings.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
+    found = dict(LLAMA) if of_llama else {}
     for key, token in chain(settings.items(), {} if "added_tokens_decoder" in settings else others.items()):
         found[key] = token.get("content") if isinstance(token, dict) else token
     return {key: token for key, token in found.items() if key.endswith("_token") and isinstance(token, str)}
