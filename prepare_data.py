@@ -151,17 +151,16 @@ def usable(talks, template: Plain, dropped: Counter):
     """The conversations that the template can hold."""
     for talk in talks:
         try:
-            template.check(talk)
+            template.ids(talk, answer=False)
             yield talk
         except UserError as error:
             dropped[f"in conversations where {error}"] += len(talk)
 
 def template_of(args, tokenizer: Tokenizer, openings: list) -> Plain:
     """The model's template; for conversations else vicuna_v1.1; for openings that are text none."""
-    talks = bool(args.sharegpt or args.first_words)
-    template = None
-    if talks or not all(isinstance(opening, str) for opening in openings):
-        template = load_template(args.model, tokenizer)
+    talks = args.sharegpt or args.first_words
+    wanted = talks or not all(isinstance(opening, str) for opening in openings)
+    template = load_template(args.model, tokenizer) if wanted else None
     return template or (Vicuna if talks else Plain)(tokenizer)
 
 def source_items(args, template: Plain, openings: list, dropped: Counter):

@@ -42,11 +42,8 @@ def traced(decoder: Decoder, path: Path | None):
 
 def shown(prompt: str | list, args) -> str:
     """What stands in front of a text: the prompt that it goes on with, or the line that it answers."""
-    if isinstance(prompt, list):
-        prompt = prompt[-1].get("content") or ""
-    elif not args.chat:
-        return prompt
-    return prompt + "\n"
+    text = prompt if isinstance(prompt, str) else prompt[-1].get("content") or ""
+    return text if text is prompt and not args.chat else text + "\n"
 
 def printer(args, before: str):
     """Prints text as it comes, `before` in front of the first; nothing with --json."""

@@ -1,29 +1,18 @@
 """A chat template as transformers renders it: jinja2's sandbox with a few functions more, here with bounds on time,
 memory and numbers, so that a template from anywhere can do nothing but write text."""
 import json
+import re
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from jinja2 import TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import CallBlock
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from loading.files import UserError
 
 SECONDS, MEMORY, BITS = 5, 2 ** 28, 2 ** 12     # of CPU time, bytes, and of a whole number, that one text may take
-
-class Generation(Extension):
-    """{% generation %} .. {% endgeneration %} is around what a model writes; the text is the same without."""
-    tags = {"generation"}
-
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return CallBlock(self.call_method("written"), [], [], body).set_lineno(line)
-
-    def written(self, caller) -> str:
-        return caller()
+GENERATION = re.compile(r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})")       # around what a model writes: a mere scope
 
 class Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**"))         # by which a number gets too large to be computed
@@ -41,9 +30,8 @@ def raise_exception(message) -> None:
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-@contextmanager
-def bounded():
-    """What runs meanwhile raises where it takes more than SECONDS or MEMORY."""
+def bounded(source: str, do, *args, **variables):
+    """do(..). UserError: it raised anything, or took more than SECONDS or MEMORY."""
     end, lines, tracing, limits = time.process_time() + SECONDS, 0, sys.gettrace(), None
     def watch(frame, event, arg):
         nonlocal lines
@@ -60,31 +48,22 @@ def bounded():
         resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
     sys.settrace(watch)
     try:
-        yield
+        return do(*args, **variables)
+    except Exception as error:
+        sys.settrace(tracing)
+        reason = "it needs too much memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
+        raise UserError(f"the chat template of {source} can't be used here: {reason}") from error
     finally:
         sys.settrace(tracing)
         if limits:
             resource.setrlimit(resource.RLIMIT_AS, limits)
 
-@contextmanager
-def telling(source: str):
-    """Whatever a template raises is one line that names it."""
-    try:
-        with bounded():
-            yield
-    except Exception as error:
-        reason = "it needs too much memory" if isinstance(error, MemoryError) else error or type(error).__name__
-        raise UserError(f"the chat template of {source} can't be used here: {reason}") from error
-
 def compiled(text: str, source: str):
     """A function (variables by name) → text. UserError: what is wrong with the template, or what it says is."""
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception,
                             "strftime_now": lambda format: datetime.now().strftime(format)}
-    with telling(source):
-        template = environment.from_string(text)
-    def render(**variables) -> str:
-        with telling(source):
-            return template.render(**variables)
-    return render
+    text = GENERATION.sub(lambda found: f"{found[1]}{found[2] or ''}with{found[3]}", text)
+    template = bounded(source, environment.from_string, text)
+    return lambda **variables: bounded(source, template.render, **variables)

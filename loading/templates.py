@@ -28,15 +28,11 @@ class Plain:
         Raises UserError: what the template can't hold."""
         raise UserError("messages need a chat model: this one has no template (say --template vicuna, or give text)")
 
-    def check(self, messages: list) -> None:
-        """Raises UserError: the template can't hold these messages."""
-
     def prompt(self, prompt: str | list) -> list[int]:
         """The ids of a prompt: of a text, which is a message itself in a chat, or of messages."""
         if isinstance(prompt, str) and not self.chat:
             return self.tokenizer.encode(prompt)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.ids(messages)
+        return self.ids([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
 
     def with_system(self, messages: list) -> list:
         given = self.system is None or messages and messages[0]["role"] == "system"
@@ -48,9 +44,13 @@ class Plain:
         before, backend.encode_special_tokens = backend.encode_special_tokens, not special
         try:
             with self.tokenizer.reading(f"{self.tokenizer.path} can't encode this text"):
-                return backend.encode(self.tokenizer.before(text), add_special_tokens=False).ids
+                ids = backend.encode(self.tokenizer.before(text), add_special_tokens=False).ids
         finally:
             backend.encode_special_tokens = before
+        if max(ids, default=0) >= self.tokenizer.vocab_size:
+            raise UserError(f"{self.tokenizer.path} has the id {max(ids)}, the model only {self.tokenizer.vocab_size} "
+                            "entries: they don't belong together")
+        return ids
 
 class Vicuna(Plain):
     """vicuna_v1.1: each round is encoded on its own and ends with eos; an answer may bring its "ids"."""
@@ -102,9 +102,6 @@ class Own(Plain):
         messages = [{k: self.marked(v) for k, v in m.items() if v is not None and k != "ids"}
                     for m in self.with_system(messages)]
         return self.render(messages=messages, tools=None, documents=None, add_generation_prompt=answer, **self.tokens)
-
-    def check(self, messages: list) -> None:
-        self.text(messages, False)
 
     def marked(self, value):
         """A message's part with START and END around the names of special tokens."""
@@ -172,10 +169,9 @@ def load_template(name_or_path, tokenizer, kind="auto", revision=None, **options
 def template_of(args, tokenizer, prompts=()) -> Plain:
     """How generate.py puts these prompts to the model: text is a message where --chat, --system or --template says so
     or the model's name says vicuna; else only --interactive and prompts of messages take a template."""
+    asked = "--chat" if args.chat else "--system" if args.system is not None else None
     by_name = args.template == "auto" and named_vicuna(args.model, args.revision)
-    asked = next((name for name, value in (("--chat", args.chat), ("--system", args.system is not None)) if value), "")
-    chat = bool(asked) or by_name or args.template in ("model", "vicuna")
-    template = None
+    chat, template = bool(asked or by_name or args.template in ("model", "vicuna")), None
     if args.template != "plain" and (chat or args.interactive or not all(isinstance(p, str) for p in prompts)):
         template = load_template(args.model, tokenizer, args.template, args.revision, system=args.system, chat=chat)
     if asked and template is None:
