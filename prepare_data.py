@@ -28,7 +28,7 @@ from loading.checkpoint import TORCH_DTYPES
 from loading.config import check_prompts
 from loading.documents import BATCH, HELD_OUT, Partial, conversations, document, openings_of, texts, write_tokens
 from loading.files import UserError, locate, model_name
-from loading.templates import Plain, Vicuna, load_template
+from loading.templates import IDS, Plain, Vicuna, load_template
 from loading.tokenizer import Tokenizer
 from tinymedusa import Decoder, Sampling, Tree
 from variants import batches
@@ -120,7 +120,7 @@ def answered_anew(talks: dict, template: Plain, answers, context: int, bar: tqdm
         for key, new in answers(turn, prompts):
             add_turn(done[key], prompts[key], new, tokenizer.eos)
             at, *later = places[key]
-            own = {"role": "assistant", "content": tokenizer.decode(new).strip(), "ids": new}
+            own = {"role": "assistant", "content": tokenizer.decode(new).strip(), IDS: new}
             talks[key] = [*talks[key][:at], own, *talks[key][at + 1:]]
             if new[-1] in tokenizer.eos and later:
                 waiting[key] = later

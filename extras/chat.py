@@ -7,7 +7,7 @@ from extras.command_line import row_seed
 from extras.report import histogram, original_table, printer
 from loading.config import check_prompts
 from loading.files import UserError, read_json, write_json
-from loading.templates import Plain
+from loading.templates import IDS, Plain
 from loading.tokenizer import Tokenizer
 from tinymedusa import Decoder
 
@@ -40,7 +40,7 @@ class Chat:
     def encode(self, rounds: list, message: str) -> list:
         """The ids of some rounds and of a message behind them, up to where its answer begins."""
         if self.chat:
-            turns = (({"role": "user", "content": text}, {"role": "assistant", "content": answer, "ids": ids})
+            turns = (({"role": "user", "content": text}, {"role": "assistant", "content": answer, IDS: ids})
                      for text, answer, ids in rounds)
             return self.template.prompt([*chain.from_iterable(turns), {"role": "user", "content": message}])
         ids = []

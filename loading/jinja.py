@@ -30,8 +30,8 @@ def raise_exception(message) -> None:
 def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-def bounded(source: str, do, *args, **variables):
-    """do(..). UserError: it raised anything, or took more than SECONDS or MEMORY."""
+def bounded(source: str, do, *args):
+    """do(*args). UserError: it raised anything, or took more than SECONDS or MEMORY."""
     end, lines, tracing, limits = time.process_time() + SECONDS, 0, sys.gettrace(), None
     def watch(frame, event, arg):
         nonlocal lines
@@ -48,7 +48,7 @@ def bounded(source: str, do, *args, **variables):
         resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
     sys.settrace(watch)
     try:
-        return do(*args, **variables)
+        return do(*args)
     except Exception as error:
         sys.settrace(tracing)
         reason = "it needs too much memory" if isinstance(error, MemoryError) else str(error) or type(error).__name__
@@ -59,11 +59,11 @@ def bounded(source: str, do, *args, **variables):
             resource.setrlimit(resource.RLIMIT_AS, limits)
 
 def compiled(text: str, source: str):
-    """A function (variables by name) → text. UserError: what is wrong with the template, or what it says is."""
+    """A function: what makes the variables → the text. UserError: what is wrong with the template, or it says is."""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception,
                             "strftime_now": lambda format: datetime.now().strftime(format)}
     text = GENERATION.sub(lambda found: f"{found[1]}{found[2] or ''}with{found[3]}", text)
     template = bounded(source, environment.from_string, text)
-    return lambda **variables: bounded(source, template.render, **variables)
+    return lambda variables: bounded(source, lambda: template.render(variables()))

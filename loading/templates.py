@@ -12,7 +12,7 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
 ADDITIONAL = "additional_chat_templates"
 LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}     # LlamaTokenizer's, if no file has any
 START, END = "\U000f0000", "\U000f0001"         # around a special token's name in a message: there it is text
-MARKS = re.compile(f"{START}(.*?){END}|[{START}{END}]", re.DOTALL)
+IDS = 0         # the key of an answer's ids in a message, where it was not read but written: no key of a JSON object
 
 class Plain:
     """No template: a prompt is text, and the model goes on with it."""
@@ -53,7 +53,7 @@ class Plain:
         return ids
 
 class Vicuna(Plain):
-    """vicuna_v1.1: each round is encoded on its own and ends with eos; an answer may bring its "ids"."""
+    """vicuna_v1.1: each round is encoded on its own and ends with eos; an answer may bring its IDS."""
     name, label, system = VICUNA, "ASSISTANT:", SYSTEM
 
     def ids(self, messages: list, answer: bool = True) -> list[int]:
@@ -65,7 +65,7 @@ class Vicuna(Plain):
             if role != "assistant":
                 text += f"USER: {content} " if role == "user" else content and content + " "
                 continue
-            own = message.get("ids")
+            own = message.get(IDS)
             ids += self.encode(f"{text}ASSISTANT:" + (f" {content}" if own is None else ""), False) + (own or [])
             ids += eos if ids[-1:] != eos else []           # of a text, or an answer cut short
             text = ""
@@ -82,8 +82,9 @@ class Own(Plain):
         super().__init__(tokenizer, system, chat)
         self.render, self.tokens = compiled(template, source), tokens
         added = tokenizer.backend.get_added_tokens_decoder()
-        self.special = re.compile("|".join(re.escape(t) for t in sorted(
-            (t.content for t in added.values() if t.special), key=len, reverse=True)) or "(?!)")
+        names = sorted((t.content for t in added.values() if t.special), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self.marks = re.compile(f"{START}({self.special.pattern}){END}|[{START}{END}]")
         ends = self.ends_of_turn({t.content: i for i, t in added.items() if i < tokenizer.vocab_size})
         tokenizer.eos = list(dict.fromkeys([*tokenizer.eos, *ends]))
 
@@ -99,9 +100,11 @@ class Own(Plain):
         return [added[name] for name in names if name in added]
 
     def text(self, messages: list, answer: bool) -> str:
-        messages = [{k: self.marked(v) for k, v in m.items() if v is not None and k != "ids"}
-                    for m in self.with_system(messages)]
-        return self.render(messages=messages, tools=None, documents=None, add_generation_prompt=answer, **self.tokens)
+        def variables() -> dict:
+            marked = [{key: self.marked(value) for key, value in message.items() if value is not None and key != IDS}
+                      for message in self.with_system(messages)]
+            return self.tokens | {"messages": marked, "tools": None, "documents": None, "add_generation_prompt": answer}
+        return self.render(variables)
 
     def marked(self, value):
         """A message's part with START and END around the names of special tokens."""
@@ -112,7 +115,7 @@ class Own(Plain):
         return [self.marked(v) for v in value] if isinstance(value, list) else value
 
     def ids(self, messages: list, answer: bool = True) -> list[int]:
-        first, *pieces = MARKS.split(self.text(messages, answer))
+        first, *pieces = self.marks.split(self.text(messages, answer))
         ids, line = self.encode(first, True), self.encode("\n", True) if pieces else []
         for number, piece in enumerate(pieces):             # by turns: a token's name or None, what follows it
             if piece:           # behind a new line, for SentencePiece puts a space in front of a text
@@ -134,11 +137,10 @@ def own_template(name_or_path, revision=None) -> tuple[str | None, dict[str, str
     files["default"] = find(f"{ADDITIONAL}/default.jinja") or files["default"]
     if any(files.values()):
         templates = {name: "".join(read_lines(path)) for name, path in files.items() if path}
-    if isinstance(templates, dict):
-        if "default" not in templates:
-            raise UserError(f"{name_or_path} has the chat templates {', '.join(map(str, templates))} and none named "
-                            "default: copy the one that you want to chat_template.jinja")
-        templates = templates["default"]
+    if isinstance(templates, dict) and "default" not in templates:
+        raise UserError(f"{name_or_path} has the chat templates {', '.join(map(str, templates))} and none named "
+                        "default: copy the one that you want to chat_template.jinja")
+    templates = templates["default"] if isinstance(templates, dict) else templates
     if not isinstance(templates, str | None):
         raise UserError(f"{name_or_path}: its chat_template is {str(templates)[:80]!r}, expected text or a list of "
                         '{"name": .., "template": ..}')
