@@ -24,16 +24,16 @@ from extras.compare import compared
 from extras.ends import Text
 from extras.explain import explaining
 from extras.options import check_generate_options, generate_options
-from extras.report import figures, print_batch, printer, report, traced
+from extras.report import figures, print_batch, printer, report, shown, traced
 from extras.tune import tune
 from fast import engines
 from llama import Llama
 from loading.checkpoint import TORCH_DTYPES
 from loading.config import check_prompts
-from loading.documents import prompts_of
+from loading.documents import openings_of, prompts_of
 from loading.files import UserError, locate
 from loading.heads import base_of, heads_inside
-from loading.templates import SYSTEM, question, template_of
+from loading.templates import template_of
 from loading.tokenizer import Tokenizer
 from loading.trees import read_tree
 from tinymedusa import ROOT, Decoder, MedusaHeads, Sampling, Stages, Tree, call
@@ -144,7 +144,7 @@ def many(decoder: Decoder, tokenizer: Tokenizer, prompts: list, encoded: list, a
 def one_prompt(decoder: Decoder, tokenizer: Tokenizer, prompt: str, ids: list, seed: int, args) -> dict:
     """What is reported of one prompt's text; without --json it streams to the terminal meanwhile."""
     if not args.compare:
-        return run(decoder, tokenizer, ids, args, seed, printer(args, prompt))
+        return run(decoder, tokenizer, ids, args, seed, printer(args, shown(prompt, args)))
     plain = decoder_of(args, decoder.model, eos=decoder.eos.tolist())
     decode = lambda decoder, emit: run(decoder, tokenizer, ids, args, seed, emit)
     return compared(plain, decoder, decode, ids, seed, prompt, args)
@@ -162,6 +162,8 @@ def main():
     prompts = [] if args.interactive else args.prompt or [OPENING]
     if args.prompts_file:
         prompts = prompts_of(args.prompts_file)
+    if args.tune:
+        prompts = openings_of(args.tune)
     prompts = [prompt for prompt in prompts for _ in range(args.samples)]
     together = args.prompts_file or args.samples > 1 and args.batch_size > 1
     if together:
@@ -171,21 +173,21 @@ def main():
     model = engines.load(args.model, TORCH_DTYPES.get(args.dtype), args.device, args.revision, args.quantize, args.fast,
                          args.context)
     tokenizer = Tokenizer(args.model, model.config, args.revision)
+    template = template_of(args, tokenizer, prompts)
+    args.chat = template.chat
     heads, tree, tree_source = heads_and_tree(args, model)
     if args.tune:
-        return tune(model, tokenizer, heads, tree_source, evaluate, args)
+        return tune(model, template, prompts, heads, tree_source, evaluate, args)
     if args.explain and heads is None:
         raise UserError("--explain shows trees, and this is plain decoding: give --heads FOLDER, or a larger --tree")
-    chat = template_of(args) == "vicuna"
-    args.system = SYSTEM if args.system is None else args.system
     set_threads(model, args.threads, args.batch_size)
-    encoded = [tokenizer.encode(question(0, prompt, args.system) if chat else prompt) for prompt in prompts]
+    encoded = [template.prompt(prompt) for prompt in prompts]
     check_prompts([min(encoded, key=lambda ids: len(ids) or 2 ** 63)] if together else encoded, model.config)
-    decoder = decoder_of(args, model, heads, tree)
+    decoder = decoder_of(args, model, heads, tree, tokenizer.eos)
     if args.acceptance == "typical":
         decoder.accept = Typical(args.epsilon, args.delta)
     if args.interactive:
-        return interactive(Chat(decoder, tokenizer, chat, args, lambda ids, seed, emit: run(
+        return interactive(Chat(decoder, tokenizer, template, args, lambda ids, seed, emit: run(
             decoder, tokenizer, ids, args, seed, emit)))
     about = {"tree": f"{len(tree.paths)} nodes, {tree_source}"} if tree else {}
     if together:
@@ -193,8 +195,8 @@ def main():
     for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         result = one_prompt(decoder, tokenizer, prompt, ids, row_seed(args.seed, index), args)
         result = described(index, prompts, encoded, args) | result | about
-        shown = f"\ntree: {result['tree']}" if args.explain else "\n\n" + report(result, heads, args)
-        print(json.dumps(result) if args.json else shown, flush=True)
+        lines = f"\ntree: {result['tree']}" if args.explain else "\n\n" + report(result, heads, args)
+        print(json.dumps(result) if args.json else lines, flush=True)
 
 if __name__ == "__main__":
     command_line(main)

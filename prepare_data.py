@@ -16,7 +16,7 @@ import hashlib
 import re
 import sys
 from collections import Counter
-from itertools import islice
+from itertools import count, islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from loading.config import check_prompts
 from loading.documents import (BATCH, HELD_OUT, Partial, beside, conversations, document, openings_of, texts,
                                write_tokens)
 from loading.files import UserError, keep_sources, locate, model_name
-from loading.templates import question
+from loading.templates import IDS, Plain, Vicuna, load_template
 from loading.tokenizer import Tokenizer
 from tinymedusa import Decoder, Sampling, Tree
 from variants import batches
@@ -62,20 +62,26 @@ def tokenised(texts, tokenizer: Tokenizer):
             start = len(tokenizer.bos)
             yield document((ids[:start], False), (ids[start:] + tokenizer.eos[:1], True))
 
-def rendered(conversations, tokenizer: Tokenizer):
-    """bos, then question, answer and eos of each round; answers and eos carry loss. Question and answer are encoded as
-    one string, as they are read at generation; a token belongs to the answer if it begins behind the colon."""
-    for batch in of_like_size(conversations, lambda rounds: sum(len(q) + len(a) for q, a in rounds)):
-        prompts = [tokenizer.before(question(i, q)) for rounds in batch for i, (q, _) in enumerate(rounds)]
-        answers = [tokenizer.before(answer) for rounds in batch for _, answer in rounds]
-        encoded = iter(zip(prompts, tokenizer.backend.encode_batch(
-            [f"{p} {a}" for p, a in zip(prompts, answers, strict=True)], add_special_tokens=False), strict=True))
-        for rounds in batch:
-            parts = [(tokenizer.bos, False)]
-            for prompt, e in islice(encoded, len(rounds)):
-                in_answer = [start >= len(prompt) for start, _ in e.offsets]
-                parts += [(e.ids, in_answer), (tokenizer.eos[:1], True)]
-            yield document(*parts)
+def add_turn(talk: list, prompt: list, answer: list, eos: list) -> None:
+    """Adds to the documents [ids, loss] of a conversation what is new of a prompt, without loss, and the answer up to
+    its last eos, with loss. Where the template has rewritten earlier turns the whole prompt begins a document."""
+    if not talk or prompt[:len(talk[-1][0])] != talk[-1][0]:
+        talk.append([[], []])
+    ids, loss = talk[-1]
+    end = max((i + 1 for i, token in enumerate(answer) if token in eos), default=len(answer))
+    loss += [False] * (len(prompt) - len(ids)) + [True] * end
+    ids += prompt[len(ids):] + answer[:end]
+
+def rendered(conversations, template: Plain):
+    """Each conversation as it is put to the model; what differs from the prompt for an answer is the answer."""
+    for messages in conversations:
+        talk = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                prompt, ids = template.ids(messages[:i]), template.ids(messages[:i + 1], answer=False)
+                same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
+                add_turn(talk, ids[:same], ids[same:], template.tokenizer.eos)
+        yield from (document(part) for part in talk)
 
 def continued(prompts: dict, write):
     """(key, new ids) of each prompt (key → ids), as soon as it is finished; the key seeds the row. `write(prompts,
@@ -102,25 +108,27 @@ def continuations(openings: dict, answers, bar: tqdm):
         bar.update()
     yield from (done[key] for key in openings)
 
-def answered_anew(talks: dict, tokenizer: Tokenizer, answers, context: int, bar: tqdm):
-    """Conversations (key → rounds) whose every answer is the model's own: all first questions are answered, then all
+def answered_anew(talks: dict, template: Plain, answers, context: int, bar: tqdm):
+    """Conversations (key → messages) whose every answer is the model's own: all first questions are answered, then all
     second ones, and so on. One ends early with an answer that had to be cut, or when the next question has no room."""
-    done = {key: [(tokenizer.bos, False)] for key in talks}
-    open_talks = dict(talks)
-    for i in range(max(map(len, talks.values()), default=0)):
-        encoded = tokenizer.backend.encode_batch([question(i, rounds[i][0]) for rounds in open_talks.values()],
-                                                 add_special_tokens=False)
-        questions = {key: e.ids for key, e in zip(open_talks, encoded, strict=True)}
-        prompts = {key: sum((ids for ids, _ in done[key]), []) + questions[key] for key in questions}
+    tokenizer, done, talks = template.tokenizer, {key: [] for key in talks}, dict(talks)
+    waiting = {key: [i for i, m in enumerate(talk) if m["role"] == "assistant"] for key, talk in talks.items()}
+    for turn in count():
+        if not waiting:
+            break
+        prompts = {key: template.ids(talks[key][:places[0]]) for key, places in waiting.items()}
         prompts = {key: ids for key, ids in prompts.items() if len(ids) < context}
-        bar.update(len(questions) - len(prompts))
-        open_talks = {}
-        for key, new in answers(i, prompts):
-            done[key] += [(questions[key], False), (new, True)]
-            if new[-1] in tokenizer.eos and i + 1 < len(talks[key]):
-                open_talks[key] = talks[key]
-            bar.update(key not in open_talks)
-    yield from (document(*parts) for parts in done.values() if len(parts) > 1)
+        bar.update(len(waiting) - len(prompts))
+        places, waiting = waiting, {}
+        for key, new in answers(turn, prompts):
+            add_turn(done[key], prompts[key], new, tokenizer.eos)
+            at, *later = places[key]
+            own = {"role": "assistant", "content": tokenizer.decode(new).strip(), IDS: new}
+            talks[key] = [*talks[key][:at], own, *talks[key][at + 1:]]
+            if new[-1] in tokenizer.eos and later:
+                waiting[key] = later
+            bar.update(key not in waiting)
+    yield from (document(part) for talk in done.values() for part in talk)
 
 def repeats_itself(ids: list) -> bool:
     """Whether some 12 tokens in a row come three times or more: the text goes round in circles."""
@@ -133,21 +141,41 @@ def warn_of_loops(texts, temperature: float) -> None:
         print(f"{count} of {len(texts)} texts repeat the same 12 tokens three times or more, which heads would learn: "
               f"try --temperature {max(0.8, temperature + 0.2):.1f}", file=sys.stderr)
 
+def warn_of_dropped(dropped: Counter) -> None:
+    if reasons := [f"{turns} {reason}" for reason, turns in dropped.most_common(9)]:
+        print(f"{dropped.total()} turns are left out: {', '.join(reasons)}", file=sys.stderr)
+
 def arguments(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], epilog="Examples: at the top of prepare_data.py.")
     prepare_options(parser)
     return parser.parse_args(argv)
 
-def source_items(args):
-    """What the source holds: texts, or conversations (lists of rounds), split, limited, without doubles to continue."""
+def usable(talks, template: Plain, dropped: Counter):
+    """The conversations that the template can hold."""
+    for talk in talks:
+        try:
+            template.ids(talk, answer=False)
+            yield talk
+        except UserError as error:
+            dropped[f"in conversations where {error}"] += len(talk)
+
+def template_of(args, tokenizer: Tokenizer, openings: list) -> Plain:
+    """The model's template; for conversations else vicuna_v1.1; for openings that are text none."""
+    talks = args.sharegpt or args.first_words
+    wanted = talks or not all(isinstance(opening, str) for opening in openings)
+    template = load_template(args.model, tokenizer) if wanted else None
+    return template or (Vicuna if talks else Plain)(tokenizer)
+
+def source_items(args, template: Plain, openings: list, dropped: Counter):
+    """What the source holds: texts, prompts or conversations (lists of messages), split and limited."""
     if args.first_words and (args.sharegpt or args.openings):
         raise UserError("--first-words makes conversations of texts: give --text or --tinystories")
     if (args.heads or args.dtype or args.fast) and not (args.distill or args.openings):
         raise UserError("--heads, --dtype and --fast are for text that the model writes: add --distill")
     if args.sharegpt:
-        items = conversations(args.sharegpt)
+        items = usable(conversations(args.sharegpt, dropped), template, dropped)
     elif args.openings:
-        items = openings_of(args.openings)
+        items = openings
     elif args.tinystories:
         items = texts(locate(args.tinystories, TINYSTORIES[args.split or "train"], repo_type="dataset"), args.separator)
     else:
@@ -156,11 +184,12 @@ def source_items(args):
         items = (item for i, item in enumerate(items) if (i % HELD_OUT == 0) == (args.split == "validation"))
     items = islice(items, args.limit)
     if args.first_words:
-        items = ([[" ".join(text.split(" ")[:args.first_words]), text]] for text in items)
+        items = ([{"role": "user", "content": " ".join(text.split(" ")[:args.first_words])},
+                  {"role": "assistant", "content": text}] for text in items)
     return items
 
 def own_items(args, items) -> dict:
-    """What the model of this process continues or answers: seed → opening or rounds."""
+    """What the model of this process continues or answers: seed → opening or messages."""
     if not (args.sharegpt or args.first_words or args.openings):
         items = dict.fromkeys(opening(text, args.sentences) for text in items)
     rank, world = shard()
@@ -169,22 +198,23 @@ def own_items(args, items) -> dict:
         raise UserError("the source holds nothing to continue: write at least one opening or question a process")
     return items
 
-def decoder_of(args) -> Decoder:
+def decoder_of(args, eos: list) -> Decoder:
     model = engines.load(args.model, TORCH_DTYPES.get(args.dtype), args.device, fast=args.fast)
     set_threads(model, args.threads, args.batch_size)
     sampling = Sampling(args.temperature)
     if not args.heads:
-        return engines.decoder(model, sampling=sampling)
+        return engines.decoder(model, sampling=sampling, eos=eos)
     heads = load_heads(args.heads, model)
-    return engines.decoder(model, heads, Tree.from_pretrained(args.heads, heads, args.temperature), sampling)
+    return engines.decoder(model, heads, Tree.from_pretrained(args.heads, heads, args.temperature), sampling, eos)
 
-def distilled(args, items: dict, tokenizer: Tokenizer, out: Path, source: dict) -> dict:
+def distilled(args, items: dict, template: Plain, out: Path, source: dict) -> dict:
     """Writes the token file of the model's own text for the items → its facts. A stop leaves a `Partial` beside it."""
-    decoder, talks = decoder_of(args), bool(args.sharegpt or args.first_words)
+    tokenizer = template.tokenizer
+    decoder, talks = decoder_of(args, tokenizer.eos), bool(args.sharegpt or args.first_words)
     config, weights = decoder.model.config, [hashlib.sha256(np.memmap(file, np.uint8, "r")).hexdigest()
                                              for file in weight_files(args.model)]
     if not talks:
-        items = dict(zip(items, tokenizer.encode_batch(list(items.values())), strict=True))
+        items = {key: template.prompt(item) for key, item in items.items()}
         check_prompts(list(items.values()), config)
     partial = Partial(out, source, [items, str(config), weights, tokenizer.sha256()])
     write = lambda prompts, seeds: batches.generate(decoder, prompts, args.max_new_tokens, seeds, args.batch_size)
@@ -193,7 +223,7 @@ def distilled(args, items: dict, tokenizer: Tokenizer, out: Path, source: dict) 
         with tqdm(desc="preparing", unit=" documents", total=len(items), miniters=1, disable=shard()[0] > 0) as bar:
             documents = continuations(items, answers, bar)
             if talks:
-                documents = answered_anew(items, tokenizer, answers, config.max_position_embeddings, bar)
+                documents = answered_anew(items, template, answers, config.max_position_embeddings, bar)
             facts = write_tokens(out, documents, tokenizer, config.vocab_size, source)
     except BaseException:
         if partial.texts:
@@ -209,7 +239,9 @@ def prepare(args) -> tuple[str, dict]:
     config, (rank, world) = LlamaConfig.from_pretrained(args.model), shard()
     tokenizer = Tokenizer(args.model, config)
     tokenizer.backend.encode_special_tokens = True      # "<s>" in a text is text, and does not begin a document
-    items, out = source_items(args), Path(args.out)
+    openings, dropped = openings_of(args.openings) if args.openings else [], Counter()
+    template = template_of(args, tokenizer, openings)
+    items, out = source_items(args, template, openings, dropped), Path(args.out)
     if world > 1:
         out = out.with_name(f"{out.stem}-{rank:05d}-of-{world:05d}{out.suffix}")
     stories = args.tinystories and Path(args.tinystories, TINYSTORIES[args.split or "train"])
@@ -220,11 +252,17 @@ def prepare(args) -> tuple[str, dict]:
     source = {"model": model_name(args.model)} | {
         k: Path(v).name if k in ("text", "sharegpt", "openings") else v for k, v in options.items()}
     if args.distill or args.openings:
-        return out, distilled(args, own_items(args, items), tokenizer, out, source)
+        items = own_items(args, items)
+        warn_of_dropped(dropped)
+        return out, distilled(args, items, template, out, source)
     items = islice(items, rank, None, world)
-    documents = (rendered if args.sharegpt or args.first_words else tokenised)(items, tokenizer)
-    with tqdm(documents, desc="preparing", unit=" documents", disable=rank > 0) as progress:
-        return out, write_tokens(out, progress, tokenizer, config.vocab_size, source)
+    talks = args.sharegpt or args.first_words
+    documents = rendered(items, template) if talks else tokenised(items, tokenizer)
+    try:
+        with tqdm(documents, desc="preparing", unit=" documents", disable=rank > 0) as progress:
+            return out, write_tokens(out, progress, tokenizer, config.vocab_size, source)
+    finally:
+        warn_of_dropped(dropped)
 
 def main():
     out, facts = prepare(arguments())

@@ -2,13 +2,13 @@
 import os
 import sys
 from contextlib import suppress
-from itertools import takewhile
+from itertools import chain, takewhile
 from extras.command_line import row_seed
 from extras.report import ended, histogram, original_table, printer
 from loading.config import check_prompts
 from loading.documents import mended
 from loading.files import UserError, read_json, write_json
-from loading.templates import VICUNA, question
+from loading.templates import IDS, Plain
 from loading.tokenizer import Tokenizer
 from tinymedusa import Decoder
 
@@ -30,25 +30,24 @@ def keep_prefix(decoder) -> None:
     decoder.cached, decoder.prefill, decoder.new_cache = [], prefill_rest, lambda prompts, max_new_tokens: cache
 
 class Chat:
-    """A conversation: rounds [message, answer, the answer's ids], with the vicuna template a question and its answer.
+    """A conversation: rounds [message, answer, the answer's ids], with a template a question and its answer.
     Plain, a message goes on with the text so far, and behind an end of text begins a new one."""
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, chat: bool, args, write):
-        """write(ids, seed, emit): generate.py's `run`, all else given; chat: with the vicuna template."""
-        self.decoder, self.tokenizer, self.chat, self.args, self.write = decoder, tokenizer, chat, args, write
-        self.config, self.rounds, self.system, self.answers = decoder.model.config, [], args.system, 0
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, template: Plain, args, write):
+        """write(ids, seed, emit): generate.py's `run`, all else given."""
+        self.decoder, self.tokenizer, self.template, self.args, self.write = decoder, tokenizer, template, args, write
+        self.config, self.rounds, self.answers, self.chat = decoder.model.config, [], 0, template.name != "plain"
         keep_prefix(decoder)
 
     def encode(self, rounds: list, message: str) -> list:
         """The ids of some rounds and of a message behind them, up to where its answer begins."""
+        if self.chat:
+            turns = (({"role": "user", "content": text}, {"role": "assistant", "content": answer, IDS: ids})
+                     for text, answer, ids in rounds)
+            return self.template.prompt([*chain.from_iterable(turns), {"role": "user", "content": message}])
         ids = []
-        for i, (text, answer, answer_ids) in enumerate([*rounds, (message, None, None)]):
-            text = question(i, text, self.system) if self.chat else text
-            if answer is not None and answer_ids is None:                                   # from a file
-                text += f" {answer}" if self.chat else answer
-            new = self.tokenizer.encode(text)
+        for i, (text, answer, answer_ids) in enumerate([*rounds, (message, "", [])]):
+            new = self.tokenizer.encode(text if answer_ids is not None else text + answer)
             ids += (new if i == 0 else new[len(self.tokenizer.bos):]) + (answer_ids or [])
-            if self.chat and answer is not None and ids[-1:] != self.tokenizer.eos[:1]:     # an answer cut short
-                ids += self.tokenizer.eos[:1]
         return ids
 
     def prompt(self, message: str) -> list:
@@ -67,7 +66,7 @@ class Chat:
         ids, seed = self.prompt(message), row_seed(self.args.seed, self.answers)
         check_prompts([ids], self.config)
         self.answers += 1
-        result = self.write(ids, seed, printer(self.args, "ASSISTANT:" if self.chat else message))
+        result = self.write(ids, seed, printer(self.args, self.template.label or message))
         self.decoder.cached = ids + result["token_ids"][:-1]
         answer_ids = None if result["finish_reason"] == "stop" else result["token_ids"]     # which hold the stop
         self.rounds.append([message, result["text"].strip() if self.chat else result["text"], answer_ids])
@@ -79,22 +78,24 @@ class Chat:
 
     def save(self, path: str) -> None:
         """In the format of FastChat, the original's."""
-        write_json(path, {"template_name": VICUNA if self.chat else "plain", "system_message": self.system,
-                          "roles": ROLES, "offset": 0,
-                          "messages": [pair for r in self.rounds for pair in zip(ROLES, r[:2], strict=True)]})
+        messages = [pair for r in self.rounds for pair in zip(ROLES, r[:2], strict=True)]
+        write_json(path, {"template_name": self.template.name, "system_message": self.template.system, "roles": ROLES,
+                          "offset": 0, "messages": messages})
 
     def load(self, path: str) -> None:
-        data, name = read_json(path), VICUNA if self.chat else "plain"
+        data, name = read_json(path), self.template.name
         messages = data.get("messages")
         if data.get("template_name") != name:
             raise UserError(f"{path} has the template {data.get('template_name')!r}, this conversation {name!r}")
-        if not isinstance(messages, list) or not isinstance(data.get("system_message"), str) or not all(
+        if not isinstance(messages, list) or not isinstance(data.get("system_message"), str | None) or not all(
                 isinstance(m, list) and len(m) == 2 and m[0] == ROLES[i % 2] and (isinstance(m[1], str) or m[1] is None)
                 for i, m in enumerate(messages)):
             raise UserError(f"{path} is not a saved conversation: expected messages of {' and '.join(ROLES)} in turn")
         pairs = zip(messages[::2], messages[1::2], strict=False)
         self.rounds = [[mended(m[1]), mended(a[1]), None] for m, a in pairs if m[1] is not None and a[1] is not None]
-        self.system = mended(data["system_message"])
+        if self.chat:
+            system = data.get("system_message")
+            self.template.system = system and mended(system)
 
 def read_message(args, label: str) -> str:
     """What the user types; with --multiline up to Ctrl-D. Empty at the end of the input."""

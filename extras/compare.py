@@ -1,17 +1,18 @@
 """generate.py --compare: plain decoding and Medusa in turns, whether they agree, and how near a tie they part."""
 import torch
-from extras.report import printer
+from extras.report import printer, shown
 from tinymedusa import Decoder, NoHeads, Sampling, gumbel_noise, perturbed, warp
 from variants.penalty import penalized
 from variants.typical import Typical
 
 REPEATS = 3     # timed runs of each, in turns; the median is reported
 
-def compared(plain: Decoder, medusa: Decoder, decode, ids: list, seed: int, prompt: str, args) -> dict:
+def compared(plain: Decoder, medusa: Decoder, decode, ids: list, seed: int, prompt: str | list, args) -> dict:
     """Medusa's result of `decode(decoder, emit)`, with plain decoding's as "baseline", and what they differ by."""
     # once to read, which warms both up too, then in turns, so that what else the machine does hits both alike
-    decode(plain, printer(args, f"--- plain\n{prompt}"))
-    decode(medusa, printer(args, f"\n\n--- {'plain' if isinstance(medusa.heads, NoHeads) else 'medusa'}\n{prompt}"))
+    before, name = shown(prompt, args), "plain" if isinstance(medusa.heads, NoHeads) else "medusa"
+    decode(plain, printer(args, f"--- plain\n{before}"))
+    decode(medusa, printer(args, f"\n\n--- {name}\n{before}"))
     silent = lambda text, head: None
     runs = [(decode(plain, silent), decode(medusa, silent)) for _ in range(REPEATS)]
     baseline, result = (sorted(rs, key=lambda r: r["seconds"])[REPEATS // 2] for rs in zip(*runs, strict=True))

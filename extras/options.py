@@ -34,7 +34,8 @@ def generate_options(parser: ArgumentParser) -> None:
         "(default: medusa/ in the model's folder)")
     add("--revision", help="of the model on the hub")
     add("--prompt", action="append", type=text_argument, metavar="TEXT", help="may be repeated")
-    add("--prompts-file", type=Path, metavar="FILE", help='one prompt a line; of a .jsonl a string or {"prompt": ..}')
+    add("--prompts-file", type=Path, metavar="FILE", help="one prompt a line; of JSON lines, or a list: a string, "
+        '{"prompt": ..} or {"messages": [{"role": .., "content": ..}, ..]}')
     add("--context", type=number(int, 1, LONGEST), help="tokens of a prompt and its text together (default: what the "
         "model's config says)")
     add("--batch-size", type=number(int, 1, 4096), default=1, help="rows at once: prompts of a file, --samples")
@@ -52,8 +53,8 @@ def generate_options(parser: ArgumentParser) -> None:
     add("--repetition-penalty", type=number(float, 1e-9, 1e9), metavar="X", help="as in HF, 1: none")
     add("--seed", type=SEED, default=0, help="text i draws from seed + i")
     add("--samples", type=number(int, 1, 4096), default=1, help="texts for each prompt")
-    add("--tune", type=Path, metavar="FILE", help="openings, one a line: write the tree that decodes such texts "
-        "fastest here to --tree (default: tree.json beside the heads) and stop")
+    add("--tune", type=Path, metavar="FILE", help="openings, as in --prompts-file: write the tree that decodes such "
+        "texts fastest here to --tree (default: tree.json beside the heads) and stop")
     add("--tree", metavar="JSON|FILE", help="list of paths of ranks, or an object with 'paths' (default: tree.json in "
         "the heads' folder, else 15 nodes of the published mc_sim_7b_63)")
     add("--dtype", choices=DTYPES, help="default: float32 on the CPU, else the checkpoint's")
@@ -69,9 +70,11 @@ def generate_options(parser: ArgumentParser) -> None:
     flag("--show-accepted", "on a terminal: the colour of a token tells which head guessed it (none: the model itself)")
     flag("--interactive", "a conversation; !!help lists its commands")
     flag("--multiline", "with --interactive: a message ends with Ctrl-D")
-    add("--template", choices=["vicuna", "plain"], help="how a message is put to the model (default: vicuna_v1.1 for a "
-        "model named so, else plain: it goes on with the text)")
-    add("--system", type=text_argument, help="the system message of the vicuna template")
+    flag("--chat", "each prompt is a message to a chat model, put to it by its template")
+    add("--template", choices=["auto", "model", "vicuna", "plain"], default="auto", help="how messages are put "
+        "to the model; plain: it goes on with the text (auto: its own chat template, else vicuna_v1.1 for one named "
+        "so, else plain)")
+    add("--system", type=text_argument, help="the system message of a chat")
     flag("--json", "one JSON object a prompt, nothing else on stdout")
 
 def check_generate_options(args) -> None:
@@ -97,8 +100,10 @@ def prepare_options(parser: ArgumentParser) -> None:
     source("--text", metavar="FILE", help='UTF-8 text, or .jsonl with a "text" in each line')
     source("--tinystories", nargs="?", const="roneneldan/TinyStories", metavar="DIR_OR_HUB_ID",
            help="its V2-GPT4 file of --split, by default from the hub")
-    source("--sharegpt", metavar="FILE", help="conversations, JSON or .jsonl (vicuna_v1.1 template)")
-    source("--openings", metavar="FILE", help="one opening a line; the model continues each")
+    source("--sharegpt", metavar="FILE", help="conversations or messages, JSON or .jsonl (the model's template, or "
+           "vicuna_v1.1)")
+    source("--openings", metavar="FILE", help='one opening a line, or JSON with {"prompt": ..} or {"messages": ..}; '
+           "the model continues each")
     add("--out", required=True, metavar="FILE", help="the token file; .loss, .starts and .json are added beside it")
     add("--separator", default="<|endoftext|>", help="the line between two texts")
     add("--split", choices=("train", "validation"), help=f"validation: every {HELD_OUT}th document (default: all)")

@@ -50,6 +50,11 @@ def traced(decoder: Decoder, path: Path | None):
             temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)
             raise UserError("can't write the trace: is the disk full?")
 
+def shown(prompt: str | list, args) -> str:
+    """What stands in front of a text: the prompt that it goes on with, or the line that it answers."""
+    text = prompt if isinstance(prompt, str) else prompt[-1].get("content") or ""
+    return text if text is prompt and not args.chat else text + "\n"
+
 def printer(args, before: str):
     """Prints text as it comes, `before` in front of the first; nothing with --json."""
     coloured = args.show_accepted and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -66,9 +71,9 @@ def print_batch(results, texts: int, about: dict, heads, args) -> None:
     with tqdm(total=texts, desc="writing texts", unit=" texts") as progress:
         for result in results:
             if "prompt" in result:
-                shown = f"{result['prompt']}{result.get('text', '')}\n" + ended(result, "[{}]\n")
-                shown = json.dumps(result | about) if args.json else shown
-                progress.write(shown + "\n", end="")           # whole lines, wherever it is stopped
+                line = f"{shown(result['prompt'], args)}{result.get('text', '')}\n" + ended(result, "[{}]\n")
+                line = json.dumps(result | about) if args.json else line
+                progress.write(line + "\n", end="")           # whole lines, wherever it is stopped
                 progress.update()
     print(report(result | about, heads, args), end="", file=sys.stderr if args.json else sys.stdout, flush=True)
 

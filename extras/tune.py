@@ -11,9 +11,9 @@ from extras.forecast import grow_tree, joint_hits, simulate
 from fast import engines
 from llama import Llama
 from loading.config import check_prompts
-from loading.documents import Document, document, openings_of
+from loading.documents import Document, document
 from loading.files import UserError, keep_sources, read_json, writable, write_json
-from loading.tokenizer import Tokenizer
+from loading.templates import Plain
 from loading.trees import by_temperature, drawing, parse_tree, with_temperatures
 from tinymedusa import ROOT, MedusaHeads, Tree
 from variants import batches
@@ -21,14 +21,14 @@ from variants import batches
 NODES, ROUNDS, STEPS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), 6, 10   # sizes of tree; each is timed 6 x 10 steps
 SPREAD, CHEAPER = 1.3, 1.05     # timings that differ more are disturbed, as are trees that beat a plain step by more
 
-def own_texts(model: Llama, tokenizer: Tokenizer, args) -> list[Document]:
-    openings = tokenizer.encode_batch(openings_of(args.tune))
+def own_texts(model: Llama, template: Plain, openings: list, args) -> list[Document]:
+    openings = [template.prompt(opening) for opening in openings]
     if len(openings) < 4:
         raise UserError(f"{args.tune} holds {len(openings)} openings: --tune needs at least 4, better 200, one a line")
     check_prompts(openings, model.config)
     prompts = sorted(openings, key=len)
     seeds = [row_seed(args.seed, i) for i in range(len(prompts))]
-    plain = engines.decoder(model, sampling=args.sampling)
+    plain = engines.decoder(model, sampling=args.sampling, eos=template.tokenizer.eos)
     steps = batches.generate(plain, prompts, args.max_new_tokens, seeds, batch_size=64)
     bar = tqdm(batches.finished(steps), desc="writing texts", total=len(prompts))
     new = {i: sum(ids, []) for i, ids, _ in bar}
@@ -71,7 +71,7 @@ def grown_trees(hits: dict, heads: MedusaHeads) -> list[Tree]:
              if (paths := grow_tree(hits, nodes - 1, deepest))}
     return [Tree.from_paths(paths) for paths in grown.values()]
 
-def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads | None, path: str, evaluate, args) -> None:
+def tune(model: Llama, template: Plain, openings: list, heads: MedusaHeads | None, path: str, evaluate, args) -> None:
     """Writes to `path`, for this device and --batch-size, the tree with the most expected tokens per second here, or
     the root alone where none beats plain decoding by 3 %. Every second text grows the trees, the others forecast their
     tokens per step; a step's cost is measured (as in Sequoia, arXiv 2402.12374). evaluate: train_heads.py's."""
@@ -88,7 +88,7 @@ def tune(model: Llama, tokenizer: Tokenizer, heads: MedusaHeads | None, path: st
             found = {t: e for t, e in by_temperature(modes[name]).items() if "paths" in e}
     except UserError as error:
         raise UserError(f"{path}: {error}: delete it, or name another one with --tree") from error
-    documents = own_texts(model, tokenizer, args)
+    documents = own_texts(model, template, openings, args)
     halves = documents[::2], documents[1::2]
     ranks, own = zip(*(evaluate(model, heads, half, 4096, args.sampling)[1:] for half in halves), strict=True)
     hits = joint_hits(ranks[0])

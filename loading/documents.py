@@ -9,13 +9,17 @@ import hashlib
 import io
 import json
 import math
+from collections import Counter
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, cycle, takewhile
 from pathlib import Path
 import numpy as np
 from loading.files import LARGEST, UserError, opened, read_json, replacing, writable, write_json
 
 BATCH = 2 ** 20         # characters tokenised at once, and the length at which a document is cut
+ROLES = {name: role for role, names in {        # what a turn's role is called → what templates call it
+    "system": "system developer", "user": "user human prompter",
+    "assistant": "assistant gpt chatgpt bard bing claude model bot"}.items() for name in names.split()}
 HELD_OUT = 50           # every 50th document of a source without splits of its own is its validation split
 
 class Document:
@@ -146,17 +150,31 @@ def read_lines(path, most: float = LARGEST, longest: int = LARGEST):
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
 
+def is_json(path) -> bool:
+    return Path(path).suffix.lower() in (".json", ".jsonl", ".ndjson")
+
+def parsed(place: str, text: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not valid JSON: {error}") from error
+
 def json_lines(path):
-    """(place, value) for each line of a JSONL file, or each item of a JSON file that is one list."""
-    if Path(path).suffix == ".jsonl":
-        lines = ((f"{path}, line {i}", line) for i, line in enumerate(read_lines(path, math.inf), 1) if line.strip())
-    else:
-        lines = [(str(path), "".join(read_lines(path, 4 * LARGEST)))]
-    for place, line in lines:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{place} is not valid JSON: {error}") from error
+    """(place, value) of each line of JSON lines, or each item of one value that is a list, whatever the suffix says."""
+    numbered = enumerate(read_lines(path, math.inf), 1)
+    lines = ((f"{path}, line {i}", line) for i, line in numbered if line.strip())
+    first = next(lines, (str(path), ""))
+    try:
+        json.loads(first[1])
+    except (ValueError, RecursionError):            # one value over several lines, or a broken line
+        text = first[1]
+        for _, line in lines:
+            text += line
+            if len(text) > 4 * LARGEST:
+                parsed(*first)                      # the broken line
+        first, lines = (str(path), text), ()
+    for place, line in chain([first], lines):
+        value = parsed(place, line)
         if isinstance(value, list):
             yield from ((f"{path}, item {i}", item) for i, item in enumerate(value))
         else:
@@ -168,10 +186,8 @@ def mended(text: str) -> str:
 
 def texts(path, separator: str):
     """The texts of a file, streamed, stripped, empty ones skipped; one longer than BATCH characters comes in pieces. A
-    .jsonl file has a "text" in each line; in any other the texts are between lines that hold only the separator."""
-    if Path(path).suffix == ".json":
-        raise UserError(f"{path}: texts are read from a plain file or a .jsonl; give conversations to --sharegpt")
-    found = text_fields(path) if Path(path).suffix == ".jsonl" else texts_between(path, separator.strip())
+    JSON file has a "text" in each item; in any other the texts are between lines that hold only the separator."""
+    found = text_fields(path) if is_json(path) else texts_between(path, separator.strip())
     for text in found:
         if text := mended(text).strip():
             yield from (text[i:i + BATCH] for i in range(0, len(text), BATCH))
@@ -189,42 +205,72 @@ def texts_between(path, separator: str):
 def text_fields(path):
     for place, value in json_lines(path):
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-            raise UserError(f'{place}: expected an object with a "text"')
+            raise UserError(f'{place}: expected an object with a "text" (conversations go to --sharegpt)')
         yield value["text"]
 
-def conversations(path):
-    """ShareGPT → conversations as lists of rounds [human, answer], stripped, those without one skipped. What precedes
-    the first human turn is dropped, as is everything from the first turn on that is out of turn or empty."""
+def text_of(content, place: str) -> str:
+    """A message's content, which may be a list of parts, as text."""
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = "\n".join(part["text"] for part in content)
+    if not isinstance(content, str | None):
+        raise UserError(f"{place}: the content {str(content)[:80]!r} is neither text nor a list of text parts")
+    return mended(content or "")
+
+def conversations(path, dropped: Counter):
+    """ShareGPT's conversations or OpenAI's messages → lists of messages, stripped: a system message where there is one,
+    then user and assistant in turn; without an answer there is none. What else precedes the first user is left out, as
+    is all from the first turn on that is out of turn, empty or of another role. dropped: these turns by reason."""
     for place, item in json_lines(path):
-        turns = item.get("conversations") if isinstance(item, dict) else None
-        if not isinstance(turns, list) or not all(
-                isinstance(t, dict) and isinstance(t.get("from"), str) and isinstance(t.get("value"), str)
-                for t in turns):
-            raise UserError(f'{place}: expected {{"conversations": [{{"from": .., "value": ..}}, ..]}} as in ShareGPT')
-        turns = [(t["from"], mended(t["value"]).strip()) for t in turns]
-        while turns and turns[0][0] != "human":
-            turns.pop(0)
-        rounds = []
-        for (role, message), (other, answer) in zip(turns[::2], turns[1::2], strict=False):
-            if (role, other) != ("human", "gpt") or not message or not answer:
-                break
-            rounds.append([message, answer])
-        if rounds:
-            yield rounds
+        turns = item.get("conversations", item.get("messages")) if isinstance(item, dict) else item
+        well_formed = isinstance(turns, list) and all(
+            isinstance(t, dict) and isinstance(t.get("from", t.get("role")), str) and ("value" in t or "from" not in t)
+            for t in turns)
+        if not well_formed:
+            raise UserError(f'{place}: expected {{"conversations": [{{"from": .., "value": ..}}, ..]}} as in ShareGPT, '
+                            'or {"messages": [{"role": .., "content": ..}, ..]}')
+        roles = [t.get("from", t.get("role")) for t in turns]
+        contents = [text_of(t.get("value", t.get("content")), place).strip() for t in turns]
+        found = [{"role": ROLES.get(role.lower(), role), "content": content}
+                 for role, content in zip(roles, contents, strict=True)]
+        talk = in_turn(found)
+        kept = {id(m) for m in talk}
+        dropped.update("out of turn or empty" if m["role"] in ROLES.values() else f"of the role {m['role']!r}"
+                       for m in found if id(m) not in kept)
+        if talk:
+            yield talk
 
-def openings_of(path) -> list[str]:
-    """The lines of a file, stripped, each once."""
-    return list(dict.fromkeys(line.strip() for line in read_lines(path) if line.strip()))
+def in_turn(messages: list) -> list:
+    start = next((i for i, m in enumerate(messages) if m["role"] == "user"), len(messages))
+    system = [m for m in messages[:start] if m["role"] == "system" and m["content"]][:1]
+    pairs = zip(messages[start:], cycle(("user", "assistant")))
+    talk = [m for m, _ in takewhile(lambda pair: pair[0]["role"] == pair[1] and pair[0]["content"], pairs)]
+    return system + talk[:len(talk) // 2 * 2] if len(talk) > 1 else []
 
-def prompts_of(path) -> list[str]:
-    """The prompts of a file: its lines that are not empty; of a .jsonl a string or an object with "prompt" a line."""
-    if Path(path).suffix != ".jsonl":
-        found = [(path, line.rstrip("\r\n")) for line in read_lines(path) if line.strip()]
-    else:
-        found = [(place, v.get("prompt") if isinstance(v, dict) else v) for place, v in json_lines(path)]
-    for place, prompt in found:
-        if not isinstance(prompt, str):
-            raise UserError(f'{place}: expected a string or an object with a "prompt"')
+def prompts_in(path):
+    """(place, prompt) of a file: its lines that are not empty; of a JSON file texts, or objects with a "prompt" or with
+    "messages", which are lists of objects with a "role"."""
+    if not is_json(path):
+        yield from ((path, line.rstrip("\r\n")) for line in read_lines(path) if line.strip())
+        return
+    for place, value in json_lines(path):
+        prompt = value.get("messages", value.get("prompt")) if isinstance(value, dict) else value
+        if isinstance(prompt, list) and prompt and all(
+                isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt):
+            yield place, [m | ({"content": text_of(m["content"], place)} if m.get("content") else {}) for m in prompt]
+        elif isinstance(prompt, str):
+            yield place, mended(prompt)
+        else:
+            raise UserError(f'{place}: expected a string or an object with a "prompt", or with "messages": '
+                            '[{"role": .., "content": ..}, ..]')
+
+def openings_of(path) -> list[str | list]:
+    """The prompts of a file, texts stripped, each once."""
+    found = (prompt.strip() if isinstance(prompt, str) else prompt for _, prompt in prompts_in(path))
+    return list({json.dumps(prompt): prompt for prompt in found if prompt}.values())
+
+def prompts_of(path) -> list[str | list]:
+    """The prompts of a file, which may be messages."""
+    found = [prompt for _, prompt in prompts_in(path)]
     if not found:
         raise UserError(f"{path} holds no prompt: write one a line")
-    return [mended(prompt) for _, prompt in found]
+    return found

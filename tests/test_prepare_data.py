@@ -17,7 +17,8 @@ from tqdm import tqdm
 import prepare_data
 from llama import LlamaConfig
 from loading.documents import Partial, beside, read_tokens, texts, write_tokens
-from loading.templates import SYSTEM
+from loading.files import write_json
+from loading.templates import SYSTEM, Vicuna, load_template
 from loading.tokenizer import Tokenizer
 from loading.trees import published_tree
 from prepare_data import answered_anew, continuations, continued, opening, rendered, tokenised
@@ -25,6 +26,12 @@ from tinymedusa import Decoder, PlainDecoder, Sampling, Tree
 from variants import batches
 
 SAMPLE = TESTS / "sharegpt.json"        # of our own writing
+
+
+def messages(*rounds):
+    """Of rounds (question, answer)."""
+    return [{"role": role, "content": text} for pair in rounds
+            for role, text in zip(("user", "assistant"), pair, strict=True)]
 
 
 @pytest.fixture
@@ -63,7 +70,8 @@ def test_special_tokens_in_a_text_are_text(tmp_path, tokenizer, cli, tiny_folder
 
 def test_the_template_and_its_loss(tokenizer):
     """vicuna_v1.1 to the letter, and loss on the answers with their leading space and eos, on nothing else."""
-    document, = rendered(iter([[["What is 2 squared?", "Four."], ["And of four?", "Sixteen <s>."]]]), tokenizer)
+    document, = rendered(iter([messages(["What is 2 squared?", "Four."], ["And of four?", "Sixteen <s>."])]),
+                         Vicuna(tokenizer))
     ids, loss = document.ids, document.loss
     system = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
               "detailed, and polite answers to the user's questions.")
@@ -74,6 +82,112 @@ def test_the_template_and_its_loss(tokenizer):
         f"<s>{system} USER: What is 2 squared? ASSISTANT:", " Four.</s>", "USER: And of four? ASSISTANT:",
         " Sixteen <s>.</s>"]
     assert not loss[0] and loss[-1] and ids[0] == 1 and ids[-1] == 2
+
+
+CHATML = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>\\n' }}{% endfor %}" \
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+
+
+@pytest.fixture
+def templated(tiny_folder):
+    """templated(template): the tiny model with a chat template and its special tokens; its tokenizer."""
+    def build(template):
+        backend = byte_tokenizer(tiny_folder / "tokenizer.json")
+        backend.add_special_tokens(["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"])
+        backend.save(str(tiny_folder / "tokenizer.json"))
+        settings = {"chat_template": template, "tokenizer_class": "Tokenizer"}
+        write_json(tiny_folder / "tokenizer_config.json", settings)
+        tiny_llama(8, torch.float32, vocab_size=304, max_position_embeddings=400).save(tiny_folder)
+        return Tokenizer(tiny_folder, LlamaConfig.from_pretrained(tiny_folder))
+    return build
+
+
+def pieces(document, tokenizer):
+    """[(text, whether it carries loss)] of a document."""
+    parts = np.split(document.ids, np.flatnonzero(np.diff(document.loss.astype(int))) + 1)
+    texts = [tokenizer.backend.decode(p.tolist(), skip_special_tokens=False) for p in parts]
+    return list(zip(texts, [bool(document.loss[0]) ^ (i % 2 == 1) for i in range(len(texts))], strict=True))
+
+
+def test_conversations_in_the_models_own_template(templated, tmp_path, tiny_folder, cli):
+    """Loss on the answers and their end of a turn; the whole is what the template renders; what is left out is told."""
+    tokenizer = templated(CHATML)
+    talk = [{"role": "system", "content": "Be brief."}, *messages(["a <|end|>", "b </s>"], ["c", "d"])]
+    odd = [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]
+    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps({"messages": m}) for m in (talk, talk[1:] + odd, odd)))
+    status, out, err = cli("prepare_data", "--model", tiny_folder, "--sharegpt", tmp_path / "m.jsonl", "--out",
+                           tmp_path / "m.bin")
+    first, second = read_tokens(tmp_path / "m.bin", tokenizer)
+    rest = [("b </s><|end|>", True), ("\n<|user|>c<|end|>\n<|assistant|>", False), ("d<|end|>", True)]
+    assert pieces(first, tokenizer) == [
+        ("<|system|>Be brief.<|end|>\n<|user|>a <|end|><|end|>\n<|assistant|>", False), *rest]
+    assert pieces(second, tokenizer) == [("<|user|>a <|end|><|end|>\n<|assistant|>", False), *rest]
+    whole = load_template(tiny_folder, tokenizer).ids(talk, answer=False)
+    assert first.ids.tolist() == whole[:-1] and tokenizer.decode(whole[-1:]) == "\n"
+    assert first.ids.tolist().count(300) == 5 and 2 not in first.ids             # a message's own <|end|> is text
+    assert "4 turns are left out: 2 out of turn or empty, 2 of the role 'tool'\n" in err and status == 0
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_several_documents(templated, tiny_folder):
+    """Each answer is learned once, behind the prompt that the model gets for it."""
+    tokenizer = templated(CHATML.replace("m.content", "(m.content if loop.last or m.role == 'user' else '..')"))
+    template = load_template(tiny_folder, tokenizer)
+    found = [pieces(d, tokenizer) for d in rendered([messages("ab", "cd", "ef")], template)]
+    heads = ["<|user|>a<|end|>\n<|assistant|>", "..<|end|>\n<|user|>c<|end|>\n<|assistant|>",
+             "..<|end|>\n<|user|>e<|end|>\n<|assistant|>"]
+    assert found == [[("".join(heads[:i + 1]), False), (f"{'bdf'[i]}<|end|>", True)] for i in range(3)]
+
+
+def test_a_conversation_that_the_template_refuses_is_left_out(templated, tmp_path, tiny_folder, cli):
+    tokenizer = templated("{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML)
+    talks = [[{"role": "system", "content": "S"}, *messages("ab")], messages("cd")]
+    (tmp_path / "m.json").write_text(json.dumps(talks))
+    for more in ([], ["--distill", "--max-new-tokens", 5]):
+        status, out, err = cli("prepare_data", "--model", tiny_folder, "--sharegpt", tmp_path / "m.json", "--out",
+                               tmp_path / "m.bin", *more)
+        document, = read_tokens(tmp_path / "m.bin", tokenizer)
+        assert status == 0 and pieces(document, tokenizer)[0] == ("<|user|>c<|end|>\n<|assistant|>", False)
+        assert "3 turns are left out: 3 in conversations where the chat template of tiny " \
+            "can't be used here: no system" in err
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+def test_conversations_answered_anew_in_the_models_template(rewrites, templated, tiny_folder):
+    """The next prompt is what the template makes of the answers so far: behind them where it begins with them, as it
+    does if they encode as they were written, else a document of its own. Without an end of a turn none follows."""
+    content = "(m.content if loop.last or m.role == 'user' else '..')" if rewrites else "m.content"
+    tokenizer = templated(CHATML.replace("m.content", content))
+    template, progress, asked = load_template(tiny_folder, tokenizer), bar(3), []
+    assert tokenizer.eos == [2, 300]
+    talks = {0: messages("ab", "cd", "ef"), 1: messages("ab", "cd"), 2: messages("ab", "cd")}
+    encode = lambda text: tokenizer.backend.encode(text, add_special_tokens=False).ids
+
+    def answers(turn, prompts):
+        asked.append(prompts)
+        return [(key, encode(f"w{key}{turn}") + [300] * (key != 2)) for key in prompts]
+    found = [pieces(d, tokenizer) for d in answered_anew(talks, template, answers, 400, progress)]
+    assert progress.n == 3 and [list(prompts) for prompts in asked] == [[0, 1, 2], [0, 1], [0]]
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "w10"}, {"role": "user", "content": "c"}]
+    assert asked[1][1] == template.ids(talk)
+    first, answer = "<|user|>a<|end|>\n<|assistant|>", ("w10<|end|>", True)
+    then = "\n<|user|>c<|end|>\n<|assistant|>"
+    expected = [[(first, False), answer, (then, False), ("w11<|end|>", True)]]
+    if rewrites:
+        expected = [[(first, False), answer], [(f"{first}..<|end|>{then}", False), ("w11<|end|>", True)]]
+    assert found[3 if rewrites else 1:-1] == expected and found[-1] == [(first, False), ("w20", True)]
+
+
+def test_openings_of_messages(templated, tmp_path, tiny_folder, cli):
+    """The model answers them in its template; a text in the same file it continues, special tokens' names as text."""
+    tokenizer = templated(CHATML)
+    lines = [{"messages": messages("ab")[:1]}, {"prompt": "the <|user|> dog"}]
+    (tmp_path / "o.JSONL").write_text("\n".join(map(json.dumps, lines)))
+    status, _, err = cli("prepare_data", "--model", tiny_folder, "--openings", tmp_path / "o.JSONL", "--out",
+                         tmp_path / "o.bin", "--max-new-tokens", 7)
+    first, second = read_tokens(tmp_path / "o.bin", tokenizer)
+    assert status == 0 and pieces(first, tokenizer)[0] == ("<|user|>a<|end|>\n<|assistant|>", False)
+    start = pieces(second, tokenizer)[0]
+    assert start == ("<s>the <|user|> dog", False) and 301 in first.ids and 301 not in second.ids
 
 
 def test_the_originals_own_set(tiny_folder, tmp_path, cli):
@@ -164,7 +278,8 @@ def test_conversations_answered_anew(tokenizer):
     talks = {3: [["hi", "x"], ["and now?", "y"]], 4: [["a longer question", "z"]],
              9: [["q", "x"], ["r", "x"], ["s", "x"]]}
     progress = bar(3)
-    documents = list(answered_anew(talks, tokenizer, writer(model, 1.0, limit=200), 700, progress))
+    documents = list(answered_anew({key: messages(*rounds) for key, rounds in talks.items()}, Vicuna(tokenizer),
+                                   writer(model, 1.0, limit=200), 700, progress))
     expected = []
     for seed, rounds in talks.items():
         ids, loss = [1], [False]
@@ -185,9 +300,9 @@ def test_conversations_answered_anew(tokenizer):
 
 def test_questions_without_room(tokenizer):
     """A conversation ends before one, or is none; the bar counts it all the same."""
-    talks = {0: [["a", "x"], ["b" * 900, "x"]], 1: [["c" * 900, "x"]], 2: [["d", "x"], ["e", "x"]]}
+    talks = {0: messages("ax", ["b" * 900, "x"]), 1: messages(["c" * 900, "x"]), 2: messages("dx", "ex")}
     progress, answers = bar(3), lambda turn, prompts: ((key, [5, 2]) for key in reversed(prompts))
-    documents = list(answered_anew(talks, tokenizer, answers, 600, progress))
+    documents = list(answered_anew(talks, Vicuna(tokenizer), answers, 600, progress))
     assert [(d.ids == 5).sum() for d in documents] == [1, 2] and progress.n == 3
 
 

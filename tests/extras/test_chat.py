@@ -17,14 +17,14 @@ import time
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, tiny_heads, tiny_llama
+from conftest import MODEL, ROOT, byte_tokenizer, save_heads, tiny_heads, tiny_llama
 
 import generate
 from extras.chat import Chat, keep_prefix
 from extras.report import COLOURS
 from llama import Llama, new_cache
-from loading.files import write_json
-from loading.templates import template_of
+from loading.files import UserError, write_json
+from loading.templates import VICUNA, Plain, Vicuna, template_of
 from loading.tokenizer import Tokenizer
 from tinymedusa import Decoder, PlainDecoder, Tree
 from variants.heads import load_heads
@@ -260,7 +260,8 @@ def talk(tiny_folder, monkeypatch):
         fed, real = [], model.forward
         monkeypatch.setattr(model, "forward", lambda ids, *a: fed.append(ids[0].tolist()) or real(ids, *a))
         tokenizer = Tokenizer(tiny_folder, model.config)
-        client = Chat(decoder, tokenizer, chat, args, lambda ids, seed, emit: generate.run(
+        template = (Vicuna if chat else Plain)(tokenizer)
+        client = Chat(decoder, tokenizer, template, args, lambda ids, seed, emit: generate.run(
             decoder, tokenizer, ids, args, seed, emit))
         vars(client.args).update(over)
         return client, fed
@@ -352,7 +353,7 @@ def test_a_full_context_is_trimmed_with_a_notice(talk, capsys):
 
 def test_the_vicuna_template_to_the_letter(talk):
     client, _ = talk(chat=True, system=None)
-    client.system = "SYS."
+    client.template.system = "SYS."
     backend = client.tokenizer
     client.rounds = [["hi", "yo", backend.encode(" yo")[1:] + [2]], ["more", "ok", None]]
     ids = client.encode(client.rounds, "end")
@@ -361,9 +362,9 @@ def test_the_vicuna_template_to_the_letter(talk):
     assert ids == [1, *text[0], *text[1], 2, *text[2], 2, *text[3]]
     client.rounds[0][2] = backend.encode(" yo")[1:]                              # an answer that was cut short
     assert client.encode(client.rounds, "end") == ids
-    client.system, client.rounds = "S", [["a", "b", [50, 2]]]                    # an answer's end is no end of a talk
+    client.template.system, client.rounds = "S", [["a", "b", [50, 2]]]           # an answer's end is no end of a talk
     assert client.prompt("c") == client.encode(client.rounds, "c")
-    client.system = ""
+    client.template.system = ""
     assert client.encode([], "c") == backend.encode("USER: c ASSISTANT:")
 
 
@@ -374,12 +375,13 @@ def test_behind_the_end_of_a_text_a_new_one_begins(talk):
 
 
 def test_who_is_a_chat_model(tiny_folder, tmp_path):
-    named = lambda *a: template_of(generate.arguments(["--model", *map(str, a)]))
+    tokenizer = Tokenizer(tiny_folder, Llama.from_pretrained(tiny_folder).config)
+    named = lambda *a: template_of(generate.arguments(["--model", *map(str, a)]), tokenizer).name
     assert named(MODEL) == named(tiny_folder) == "plain"
-    assert named(tiny_folder, "--template", "vicuna") == "vicuna"
+    assert named(tiny_folder, "--template", "vicuna") == VICUNA
     config = json.loads((tiny_folder / "config.json").read_text())
     write_json(tiny_folder / "config.json", config | {"_name_or_path": "lmsys/Vicuna-7b"})
-    assert named(tiny_folder) == "vicuna" and named(tiny_folder, "--template", "plain") == "plain"
+    assert named(tiny_folder) == VICUNA and named(tiny_folder, "--template", "plain") == "plain"
     shutil.copytree(MODEL, tmp_path / "TinyLLama-v0")
     assert named(tmp_path / "TinyLLama-v0") == "plain"
 
@@ -394,7 +396,8 @@ def test_no_input_ends_a_conversation_but_its_end(tiny_folder, tmp_path, cli, mo
     """Bytes that are no text, file names that no file can have, files that are no conversation."""
     monkeypatch.chdir(tmp_path)
     files = {"cut.json": conversation("the dog", " \ud800 ran"), "half.json": conversation("a")[:-9],
-             "list.json": b"[]", "bytes.json": b"\xff\xfe\0", "deep.json": b"[" * 10 ** 5, "name.json": conversation(template_name=["x"]),
+             "list.json": b"[]", "bytes.json": b"\xff\xfe\0", "deep.json": b"[" * 10 ** 5,
+             "name.json": conversation(template_name=["x"]),
              "numbers.json": conversation(1, 2), "system.json": conversation(system_message="\udfff")}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -417,3 +420,152 @@ def test_a_closed_input_is_the_end(tiny_folder, cli, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     status, out, _ = cli("generate", "--model", tiny_folder, "--interactive", "--threads", 1)
     assert status == 0 and out.endswith("exit...\n")
+# -------------------------------------------------------------------------------------------- the model's own template
+
+HEAD = "{% for m in messages %}{{ '<|0|>' + m.role + ': ' + m.content }}"
+TAIL = "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|0|>assistant:{% endif %}"
+
+
+def with_template(folder, template):
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+@pytest.fixture
+def own_folder(tmp_path):
+    """A chat model with 40 special tokens, that writes some of them; and the one that ends its answer to "the dog", as
+    nothing but its template says; the ids of the prompt, and of the answer."""
+    folder, model = tmp_path / "own", tiny_llama(3, torch.float32, vocab_size=340, max_position_embeddings=400)
+    model.save(folder)
+    backend = byte_tokenizer(folder / "tokenizer.json")
+    backend.add_special_tokens([f"<|{i}|>" for i in range(40)])
+    backend.save(str(folder / "tokenizer.json"))
+    save_heads(tiny_heads(model, 3), folder / "medusa", model)
+    prompt = backend.encode("<|0|>user: the dog\n<|0|>assistant:", add_special_tokens=False).ids
+    ids = [token for (new,) in PlainDecoder(model, eos=()).generate([prompt], 200) for token in new]
+    at = next(i for i, token in enumerate(ids) if i > 1 and token >= 300 and token not in ids[:i])
+    with_template(folder, HEAD + "{% if m.role == 'assistant' %}" + f"<|{ids[at] - 300}|>" + "{% endif %}" + TAIL)
+    assert 2 not in ids[:at] and at < 60
+    return folder, prompt, ids[:at + 1]
+
+
+@pytest.mark.parametrize("more", [[], ["--heads", "none"], ["--compare"]], ids=str)
+def test_a_chat_of_one_message(own_folder, cli, tmp_path, more):
+    """The prompt is the template's, and its end of a turn ends the answer; without --chat a prompt is text."""
+    folder, prompt, answer = own_folder
+    run = lambda *args: one_shot(cli, "--model", folder, "--max-new-tokens", 80, *more, *args)
+    result = run("--chat", "--prompt", "the dog")
+    assert (result["prompt"], result["prompt_tokens"], result["token_ids"]) == ("the dog", len(prompt), answer)
+    assert run("--template", "model", "--prompt", "the dog")["token_ids"] == answer
+    plain = run("--prompt", "the dog")
+    assert plain["prompt_tokens"] == len(Tokenizer(folder, Llama.from_pretrained(folder).config).encode("the dog"))
+    system = run("--chat", "--system", "S", "--prompt", "the dog")
+    assert system["prompt_tokens"] > len(prompt) and system["prompt"] == "the dog"
+    if "--compare" not in more:
+        shown = cli("generate", "--model", folder, "--chat", "--prompt", "the dog", *more, "--max-new-tokens", 80)[1]
+        assert shown.startswith(f"the dog\n{result['text']}\n\n")
+
+
+def test_a_file_of_messages(own_folder, cli, tmp_path):
+    folder, prompt, answer = own_folder
+    messages = [{"role": "user", "content": [{"type": "text", "text": "the dog"}]}]
+    lines = [{"messages": messages}, "the dog", {"prompt": "the dog"}, {"messages": messages, "id": 4}]
+    (tmp_path / "p.JSONL").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "p.json").write_text(json.dumps(lines, indent=1))
+    for name in ("p.JSONL", "p.json"):
+        status, out, err = cli("generate", "--model", folder, "--prompts-file", tmp_path / name, "--json",
+                               "--threads", 1, "--batch-size", 3, "--max-new-tokens", 80)
+        results = [json.loads(line) for line in out.splitlines()]
+        assert status == 0 and [r["token_ids"] == answer for r in results] == [True, False, False, True], err
+        assert results[0]["prompt"] == [{"role": "user", "content": "the dog"}]
+        assert results[1]["prompt_tokens"] < len(prompt) == results[0]["prompt_tokens"]
+    status, out, err = cli("generate", "--model", folder, "--template", "plain", "--prompts-file", tmp_path / "p.json")
+    assert (status, out) == (2, "") and "messages need a chat model" in err
+
+
+@pytest.fixture
+def own_talk(own_folder):
+    """A Chat with a template, and the number of ids of each forward."""
+    def build(template):
+        folder, *_ = own_folder
+        with_template(folder, template)
+        model = Llama.from_pretrained(folder)
+        args = generate.arguments(["--model", str(folder), "--max-new-tokens", "10", "--interactive"])
+        tokenizer = Tokenizer(folder, model.config)
+        template = template_of(args, tokenizer)
+        heads = load_heads(folder / "medusa", model)
+        decoder = generate.decoder_of(args, model, heads, Tree.from_pretrained(folder / "medusa", heads), tokenizer.eos)
+        prefill, fed = decoder.prefill, []
+        decoder.prefill = lambda prompts, cache, recent, kept: fed.append(len(prompts[0]) - kept) or prefill(
+            prompts, cache, recent, kept)
+        return Chat(decoder, tokenizer, template, args, lambda ids, seed, emit: generate.run(
+            decoder, tokenizer, ids, args, seed, emit)), fed
+    return build
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+def test_a_template_that_rewrites_earlier_turns(rewrites, own_talk, capsys):
+    """Each answer is that of a fresh decoder on the rendered messages; of the cache the common prefix alone is kept."""
+    gone = "{% if m.role == 'user' and not loop.last and not loop.first %} (gone){% endif %}" if rewrites else ""
+    client, fed = own_talk(HEAD + gone + TAIL)
+    model, messages, before, cached, rewritten = client.decoder.model, [], [], [], []
+    for text in ("the dog", "a cat </s>", "once", "and"):
+        messages.append({"role": "user", "content": text})
+        ids = client.template.ids(messages)
+        result = client.answer(text)
+        fresh = [t for (new,) in PlainDecoder(model, eos=client.tokenizer.eos).generate([ids], 10) for t in new]
+        assert result["token_ids"] == fresh
+        same = next((i for i, (a, b) in enumerate(zip(ids, cached, strict=False)) if a != b), len(cached))
+        assert fed.pop() == len(ids) - min(same, len(ids) - 1) and (not cached or same > 5)
+        assert client.decoder.cached == ids + fresh[:-1]
+        rewritten.append(same < len(before))
+        before, cached = ids, client.decoder.cached
+        messages.append({"role": "assistant", "content": result["text"].strip()})
+    assert rewritten == [False, False, rewrites, rewrites]
+
+
+def test_what_a_saved_conversation_is_called(own_talk, talk, tmp_path, capsys):
+    """A plain one has no system message, and none is taken from a file that an earlier version saved."""
+    own, (plain, _), (vicuna, _) = own_talk(HEAD + TAIL)[0], talk(), talk(chat=True)
+    for client, name, system in ((own, "model", None), (plain, "plain", None), (vicuna, VICUNA, Vicuna.system)):
+        client.rounds = [["the dog", "ran", None]]
+        client.save(tmp_path / "a.json")
+        saved = json.loads((tmp_path / "a.json").read_text())
+        assert (saved["template_name"], saved["system_message"]) == (name, system)
+        assert saved["messages"] == [["USER", "the dog"], ["ASSISTANT", "ran"]]
+        write_json(tmp_path / "a.json", saved | {"system_message": "S"})
+        client.rounds = []
+        client.load(tmp_path / "a.json")
+        assert client.rounds == [["the dog", "ran", None]]
+        assert client.template.system == (None if name == "plain" else "S")
+    with pytest.raises(UserError, match="has the template 'vicuna_v1.1', this conversation 'model'"):
+        own.load(tmp_path / "a.json")
+    own.rounds, own.template.system = [], "S"
+    assert own.prompt("x") == own.template.ids([{"role": "system", "content": "S"}, {"role": "user", "content": "x"}])
+
+
+def test_what_a_template_refuses_is_told_and_the_client_goes_on(own_folder):
+    folder, *_ = own_folder
+    with_template(folder, "{% if messages[-1].content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+                  + HEAD + TAIL)
+    terminal = Terminal("--model", folder, "--max-new-tokens", 3)
+    terminal.until(CHAT)
+    assert terminal.say("no", CHAT) == "the chat template of own can't be used here: not this\n"
+    assert terminal.say("yes", CHAT).startswith("ASSISTANT: ")
+    terminal.leave()
+
+
+def test_openings_and_tuning_with_messages(own_folder, cli, tmp_path, monkeypatch):
+    """--tune writes its texts behind the very prompts that a chat has, up to the end of a turn."""
+    folder, prompt, answer = own_folder
+    seen = []
+
+    def evaluate(model, heads, documents, *more):
+        seen.extend(documents)
+        return 1 // (4 - len(seen)), [], []                                      # stops it when all are seen
+    monkeypatch.setattr("generate.evaluate", evaluate)
+    say = lambda text: {"messages": [{"role": "user", "content": text}]}
+    (tmp_path / "o.jsonl").write_text("\n".join(map(json.dumps, [say("the dog"), say("x"), {"prompt": "y"}, "z", "z"])))
+    with pytest.raises(ZeroDivisionError):
+        cli("generate", "--model", folder, "--tune", tmp_path / "o.jsonl", "--max-new-tokens", 80, "--threads", 1)
+    assert (prompt + answer) in [d.ids.tolist() for d in seen]

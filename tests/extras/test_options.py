@@ -52,7 +52,8 @@ TRIED = {
     "--show-accepted": ["--show-accepted"],
     "--interactive": ["--interactive", "--interactive --temperature 0.9 --template vicuna --profile"],
     "--multiline": ["--multiline --interactive"],
-    "--template": ["--template vicuna", "--template plain"],
+    "--chat": ["--chat --template vicuna", "--chat"],
+    "--template": ["--template vicuna", "--template plain", "--template auto", "--template model"],
     "--system": ["--system S --template vicuna", "--system S"],
     "--json": ["--json"],
 }
@@ -61,7 +62,8 @@ REFUSED = {
     "--samples 2": "add --temperature", "--context 0": "--context: '0' is not a whole number from 1 to 4194304",
     "--seed 9223372036854775808": "--seed: '9223372036854775808' is not a whole number",
     "--device nowhere": "--device: 'nowhere' can't be used here", "--compile": "--compile is gone: give --fast",
-    "--system S": "--system needs a chat model", "--tree {}/nowhere.json": "can't read the tree"}
+    "--system S": "--system needs a chat model", "--chat": "--chat needs a chat model",
+    "--template model": "has no chat template of its own", "--tree {}/nowhere.json": "can't read the tree"}
 FAST_REFUSED = dict.fromkeys(TRIED["--explain"] + TRIED["--trace"], "--fast does not go with --")
 PLAIN_REFUSED = {
     **dict.fromkeys(TRIED["--tree"] + TRIED["--tune"], "needs heads: give --heads FOLDER"),

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,18 @@ from conftest import TESTS, byte_tokenizer
 
 from llama import LlamaConfig
 from loading import documents, files
-from loading.documents import Document, Partial, beside, conversations, document, read_tokens, texts, write_tokens
+from loading.documents import (
+    Document,
+    Partial,
+    beside,
+    conversations,
+    document,
+    openings_of,
+    prompts_of,
+    read_tokens,
+    texts,
+    write_tokens,
+)
 from loading.files import UserError
 from loading.tokenizer import Tokenizer
 
@@ -236,9 +248,65 @@ def test_a_text_without_separators_comes_in_pieces(tmp_path, monkeypatch):
 
 def test_conversations():
     """In the sample: a leading gpt turn, an unanswered question at the end, turns out of order, one without a round."""
-    talks = list(conversations(TESTS / "sharegpt.json"))
-    assert [len(rounds) for rounds in talks] == [1, 2, 1, 1] and talks[0] == [["Who are you?", "A small model."]]
-    assert talks[1][1] == ["And of four?", "Sixteen."] and talks[2][0][0] == "Is a cat a dog?"
+    dropped = Counter()
+    talks = list(conversations(TESTS / "sharegpt.json", dropped))
+    user, assistant = ([[m["content"] for m in talk if m["role"] == role] for talk in talks]
+                       for role in ("user", "assistant"))
+    rounds = [list(map(list, zip(*pair, strict=True))) for pair in zip(user, assistant, strict=True)]
+    assert [len(r) for r in rounds] == [1, 2, 1, 1] and rounds[0] == [["Who are you?", "A small model."]]
+    assert rounds[1][1] == ["And of four?", "Sixteen."] and rounds[2][0][0] == "Is a cat a dog?"
+    assert [talk[0]["content"] for talk in talks if talk[0]["role"] == "system"] == ["Be brief."]
+    assert dropped == {"out of turn or empty": 1 + 1 + 3 + 2}
+
+
+def test_the_words_of_conversations(tmp_path):
+    """ShareGPT's and OpenAI's, whatever the case; parts of text; what is left out is counted by its reason."""
+    talk = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    turns = lambda *roles: [{"from": role, "value": text} for role, text in zip(roles, "Sab", strict=True)]
+    parts = [{"type": "text", "text": " a"}, {"type": "text", "text": "c "}]
+    found = [{"conversations": turns("system", user, assistant)} for user, assistant in (
+        ("human", "gpt"), ("user", "assistant"), ("Human", "GPT"), ("prompter", "chatgpt"), ("human", "bard"))]
+    found += [{"messages": talk}, talk, {"messages": [{"role": "developer", "content": "S"}, *talk[1:]]},
+              {"messages": [talk[1] | {"content": parts}, talk[2], *talk[1:]]}]
+    other = [{"messages": [*talk, {"role": "user", "content": "x"}, {"role": "tool", "content": "y"}, *talk]},
+             {"messages": [*talk, {"role": "user", "content": "x"}, {"role": "assistant", "content": None}]}]
+    (tmp_path / "a.JSON").write_text(json.dumps(found + other, indent=2))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(item) for item in found + other if item is not talk))
+    for name, expected in (("a.JSON", [talk] * 8), ("a.jsonl", [talk] * 7)):
+        dropped = Counter()
+        *same, parted, tool, empty = conversations(tmp_path / name, dropped)
+        assert same == expected and tool == empty == talk
+        assert [m["content"] for m in parted] == ["a\nc", "b", "a", "b"]
+        assert dropped == {"of the role 'tool'": 1, "out of turn or empty": 1 + 3 + 2}
+    for content in (5, [{"type": "image_url", "image_url": "x"}]):
+        (tmp_path / "b.json").write_text(json.dumps([{"messages": [{"role": "user", "content": content}]}]))
+        with pytest.raises(UserError, match="item 0: the content .* is neither text nor a list of text parts"):
+            list(conversations(tmp_path / "b.json", Counter()))
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p.JSON", "p.JSONL", "p.Json", "p.ndjson"])
+@pytest.mark.parametrize("layout", ["lines", "a list", "a list over lines"])
+def test_prompts_of_a_json_file(name, layout, tmp_path):
+    """Lines or a list, whatever the suffix says and in whatever case."""
+    messages = [{"role": "user", "content": "q", "name": "n"}]
+    values = ["once ", {"prompt": " the dog"}, {"messages": messages}, {"prompt": messages}, "é 你", "once"]
+    text = {"lines": "\n".join(map(json.dumps, values)) + "\n\n", "a list": json.dumps(values),
+            "a list over lines": "\ufeff" + json.dumps(values, indent=2, ensure_ascii=False)}[layout]
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert prompts_of(tmp_path / name) == ["once ", " the dog", messages, messages, "é 你", "once"]
+    assert openings_of(tmp_path / name) == ["once", "the dog", messages, "é 你"]
+
+
+@pytest.mark.parametrize("text, says", [
+    ('"a"\n{"x": 1}', 'line 2: expected a string or an object with a "prompt"'), ("[1]", "item 0: expected a string"),
+    ('{"messages": []}', "line 1: expected"), ('{"messages": ["x"]}', "line 1: expected"),
+    ('{"messages": [{"content": "x"}]}', "line 1: expected"), ("[]", "holds no prompt"), ("", "is not valid JSON"),
+    ('{"messages": [{"role": "user", "content": [5]}]}', "line 1: the content"), ('"a"\n{', "line 2 is not valid"),
+    ("{", "is not valid JSON"), ("[" * 10 ** 5, "is not valid JSON")])
+def test_bad_prompts_are_named(text, says, tmp_path):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(UserError, match=says):
+        prompts_of(tmp_path / "p.jsonl")
 
 
 def test_half_characters_and_odd_separators(tmp_path):
@@ -246,7 +314,8 @@ def test_half_characters_and_odd_separators(tmp_path):
     assert list(texts(tmp_path / "a.jsonl", "-")) == ["a \N{REPLACEMENT CHARACTER} b"]
     (tmp_path / "a.json").write_text(
         '[{"conversations": [{"from": "human", "value": "\\udc00"}, {"from": "gpt", "value": "b"}]}]')
-    assert list(conversations(tmp_path / "a.json")) == [[["\N{REPLACEMENT CHARACTER}", "b"]]]
+    talk, = conversations(tmp_path / "a.json", Counter())
+    assert [m["content"] for m in talk] == ["\N{REPLACEMENT CHARACTER}", "b"]
     (tmp_path / "a.txt").write_text("one\n --- \ntwo")
     assert list(texts(tmp_path / "a.txt", " --- ")) == ["one", "two"]
 
