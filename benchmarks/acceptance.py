@@ -28,6 +28,8 @@ from extras.command_line import command_line, set_threads, threads  # noqa: E402
 from extras.forecast import grow_tree, joint_hits  # noqa: E402
 from extras.tune import own_texts  # noqa: E402
 from fast import engines  # noqa: E402
+from loading.documents import openings_of  # noqa: E402
+from loading.templates import Plain  # noqa: E402
 from loading.tokenizer import Tokenizer  # noqa: E402
 from loading.trees import read_tree  # noqa: E402
 from tinymedusa import Sampling, Tree  # noqa: E402
@@ -58,7 +60,7 @@ def log_likelihood(model, ids, new) -> float:
 
 def grown(model, tokenizer, heads, sampling, args) -> Tree:
     """The tree of --nodes nodes that is right most often in the model's texts at this sampling."""
-    documents = own_texts(model, tokenizer, Namespace(
+    documents = own_texts(model, Plain(tokenizer), openings_of(args.tune), Namespace(
         tune=args.tune, sampling=sampling, max_new_tokens=args.max_new_tokens, seed=10 ** 6))
     _, ranks, _ = evaluate(model, heads, documents, 4096, sampling)
     return Tree.from_paths(grow_tree(joint_hits(ranks), args.nodes - 1))

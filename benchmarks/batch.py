@@ -30,6 +30,7 @@ from fast import engines  # noqa: E402
 from generate import arguments  # noqa: E402
 from loading.documents import openings_of  # noqa: E402
 from loading.files import read_json, write_atomic, write_json  # noqa: E402
+from loading.templates import Plain  # noqa: E402
 from loading.tokenizer import Tokenizer  # noqa: E402
 from loading.trees import check_paths  # noqa: E402
 from tinymedusa import Tree  # noqa: E402
@@ -40,7 +41,7 @@ from variants.heads import load_heads  # noqa: E402
 
 def grown(model, tokenizer, heads, sizes, tune) -> dict:
     """Number of nodes → paths: the trees of the paths that were right most often in the model's own texts."""
-    documents = own_texts(model, tokenizer, arguments(["--tune", tune]))
+    documents = own_texts(model, Plain(tokenizer), openings_of(tune), arguments(["--tune", tune]))
     hits = joint_hits(evaluate(model, heads, documents, 4096)[1])
     return {nodes: grow_tree(hits, nodes - 1) for nodes in sizes}
 

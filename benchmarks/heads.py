@@ -24,6 +24,7 @@ from extras.forecast import grow_tree, joint_hits, simulate  # noqa: E402
 from extras.tune import own_texts  # noqa: E402
 from llama import Llama  # noqa: E402
 from loading.documents import openings_of  # noqa: E402
+from loading.templates import Plain  # noqa: E402
 from loading.tokenizer import Tokenizer  # noqa: E402
 from loading.trees import check_paths  # noqa: E402
 from tinymedusa import Decoder, Sampling, Stages, Tree  # noqa: E402
@@ -72,7 +73,7 @@ def main():
     model = Llama.from_pretrained(args.model)
     tokenizer = Tokenizer(args.model, model.config)
     set_threads(model, args.threads)
-    documents = own_texts(model, tokenizer, args)
+    documents = own_texts(model, Plain(tokenizer), openings_of(args.tune), args)
     prompts = [tokenizer.encode(o) for o in openings_of(args.openings)]
     published = json.loads(Path(args.published).read_text(encoding="utf-8")) if args.published else {}
     print(f"{'heads':<28}{'kind':>7}{'K':>3}{'parameters':>11}{'nodes':>6}  {'tree':<26}{'forecast':>9}{'measured':>9}"
