@@ -48,8 +48,7 @@ def check_config(data: dict, defaults: dict) -> dict:
           if k in c and (v is not None or k in ("bos_token_id", "eos_token_id"))}       # null elsewhere: the default
     c["eos_token_ids"] = c["eos_token_id"] if isinstance(c["eos_token_id"], tuple) else (c["eos_token_id"],)
     check_values(c)
-    if c["eos_token_id"] is None:
-        c["eos_token_ids"] = ()
+    c["eos_token_ids"] = tuple(i for i in c["eos_token_ids"] if i in range(c["vocab_size"]))     # no other ever comes
     if c["num_key_value_heads"] is None:
         c["num_key_value_heads"] = c["num_attention_heads"]
     if c["sliding_window"]:
@@ -74,7 +73,6 @@ def check_values(c: dict) -> None:
             if not test(c[name]):
                 raise UserError(f"config: {name} is {c[name]!r}, it must be {expected}")
     whole = lambda v, most=MOST: type(v) is int and 1 <= v <= most
-    token = lambda v: type(v) is int and 0 <= v < c["vocab_size"]
     positive = lambda v: type(v) in (int, float) and 1e-18 < v < 1e18      # else float32 overflows somewhere
     must_be(f"a whole number from 1 to {MOST}", whole, "vocab_size", "hidden_size", "intermediate_size",
             "num_hidden_layers", "num_attention_heads")
@@ -88,8 +86,9 @@ def check_values(c: dict) -> None:
     must_be("a whole number of at least 1", lambda v: v is None or whole(v, float("inf")), "sliding_window")
     must_be("true or false", lambda v: type(v) is bool, "tie_word_embeddings", "attention_bias", "mlp_bias")
     must_be(f"one of {', '.join(DTYPES)}", lambda v: v in DTYPES, "dtype")
-    must_be("a token id", lambda v: v is None or token(v), "bos_token_id")
-    must_be("a token id or a list of them", lambda v: v is None or all(map(token, c["eos_token_ids"])), "eos_token_id")
+    must_be("a token id", lambda v: v is None or type(v) is int, "bos_token_id")
+    must_be("a token id or a list of them", lambda v: v is None or {int}.issuperset(map(type, c["eos_token_ids"])),
+            "eos_token_id")
 
 def to_json(fields: dict) -> dict:
     """The fields of a LlamaConfig as HF writes them, in the spelling that old and new transformers both read."""

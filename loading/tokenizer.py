@@ -1,35 +1,61 @@
-"""Text to ids and back, streaming included, through the `tokenizers` library."""
+"""Text to ids and back, streaming included, through the `tokenizers` library, from the files that transformers reads."""
 import hashlib
+import re
 from contextlib import contextmanager
+from itertools import groupby, takewhile
+from os.path import commonprefix
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 from loading import sentencepiece
 from loading.files import UserError, locate, read_json
 
+# the tokens that a configuration names, in the order in which new ones get ids; what a file says of a token
+NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+OF_LLAMA = {"legacy": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}      # of HF's class
+HALF = "\N{REPLACEMENT CHARACTER}"      # what bytes decode to that are no whole character
+
 class Tokenizer:
-    """`tokenizer.json`, else SentencePiece's `tokenizer.model`; Llama's texts start with bos."""
+    """`tokenizer.json`, else SentencePiece's `tokenizer.model`, with what transformers reads beside it. bos: the ids in
+    front of every text."""
     def __init__(self, name_or_path, config, revision=None):
-        from tokenizers import Tokenizer as Backend
+        def beside(name: str) -> dict:
+            path = locate(name_or_path, name, revision, required=False)
+            return read_json(path) if path else {}
         path = locate(name_or_path, "tokenizer.json", revision, required=False) \
             or locate(name_or_path, "tokenizer.model", revision, required=False) \
             or locate(name_or_path, "tokenizer.json", revision)
+        model, settings = beside("config.json"), beside("tokenizer_config.json")
+        name = str(settings.get("tokenizer_class") or model.get("tokenizer_class") or "llama")
+        of_llama = name.removesuffix("Fast") == "LlamaTokenizer" and model.get("model_type") != "mistral" \
+            and b'"ByteLevel"' not in path.read_bytes()
+        settings = (OF_LLAMA if of_llama else {"legacy": True}) | settings
         self.before = lambda text: text     # what is done to a text before the library's part
         with self.reading(f"can't read the tokenizer {path}"):
             if path.suffix == ".model":
-                self.backend, self.before = sentencepiece.read(path)
+                added = added_tokens(settings, beside, {})
+                self.backend, self.before = sentencepiece.read(path, added, settings["legacy"])
             else:
                 self.backend = Backend.from_file(str(path))
+                added = added_tokens(settings, beside, self.backend.get_added_tokens_decoder())
+                if of_llama:
+                    self.backend = as_llama(self.backend, settings)
+                self.backend.add_tokens(added)
+            if self.backend.decoder and b"ByteFallback" in self.backend.decoder.__getstate__():
+                self.backend.decoder = decoders.Decoder.custom(ByteByByte(self.backend.decoder))
         self.backend.no_truncation()        # what a training run may have left in the file
         self.backend.no_padding()
-        settings = locate(name_or_path, "tokenizer_config.json", revision, required=False)
-        settings = read_json(settings) if settings else {}
+        self.path, self.vocab_size, self.eos = path, config.vocab_size, list(config.eos_token_ids)
+        self.size = min(self.backend.get_vocab_size(), config.vocab_size)
+        self.bos, self.unwritten = self.written_bos(), []
         add_bos = settings.get("add_bos_token")
-        if add_bos is None:                 # as in HF: Llama's own classes add it, others leave it to the file
-            add_bos = str(settings.get("tokenizer_class", "Llama")).startswith("Llama")
-        self.bos = [config.bos_token_id] if add_bos and config.bos_token_id is not None else []
-        self.eos = list(config.eos_token_ids)
-        self.path, self.size, self.vocab_size = path, self.backend.get_vocab_size(), config.vocab_size
-        if self.size > config.vocab_size:
-            raise UserError(f"{path} has {self.size} entries, the model only {config.vocab_size}: "
-                            "they don't belong together")
+        if add_bos is None or path.suffix == ".json":       # as in HF: for Llama's own classes, others leave it to the file
+            add_bos = add_bos is not False and "llama" in name.lower()
+        if add_bos and not self.bos:
+            bos = self.backend.token_to_id(text_of(settings.get("bos_token") or "<s>"))
+            if bos is None and config.bos_token_id in self.backend.get_added_tokens_decoder():
+                bos = config.bos_token_id
+            self.bos = self.unwritten = [] if bos is None else [bos]
 
     @staticmethod
     @contextmanager
@@ -37,24 +63,32 @@ class Tokenizer:
         """The library raises bare Exceptions, and a panic of its Rust is not even one."""
         try:
             yield
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:
             raise UserError(f"{doing}: {error}") from error
+
+    def written_bos(self) -> list[int]:
+        """The ids that the file's own post-processor writes in front of a text."""
+        with self.reading(f"{self.path} can't encode"):
+            encoded = self.backend.encode("a")
+        ids = zip(encoded.ids, encoded.sequence_ids, strict=True)
+        return [i for i, _ in takewhile(lambda pair: pair[1] is None, ids)]
 
     def sha256(self) -> str:
         """Of its file: token files tell by it which tokenizer wrote them."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, bos first (whether or not the file's own post-processor writes it)."""
+        """Ids of each text, bos first."""
         with self.reading(f"{self.path} can't encode this text"):
             encoded = [e.ids for e in self.backend.encode_batch_fast([self.before(text) for text in texts])]
+        encoded = [self.unwritten + ids for ids in encoded]
         largest = max((max(ids, default=0) for ids in encoded), default=0)
         if largest >= self.vocab_size:
             raise UserError(f"{self.path} has the id {largest}, the model only {self.vocab_size} entries: "
                             "they don't belong together")
-        return [ids if ids[:1] == self.bos else self.bos + ids for ids in encoded]
+        return encoded
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -66,13 +100,83 @@ class Tokenizer:
     def stream(self, prompt_ids):
         """A function (new ids, end) → the text they add to what it returned before, never half a character: that waits
         for the rest, or for the end. Text is decoded with what precedes it, so that a leading space is kept."""
-        before, pending = list(prompt_ids[-8:]), []
+        before, pending = self.tail(list(prompt_ids)), []
         def add(new_ids, end=False) -> str:
             nonlocal before, pending
             pending = pending + list(new_ids)
             text = self.decode(before + pending)
-            if not pending or text.endswith("\N{REPLACEMENT CHARACTER}") and not end:
+            if not pending or text.endswith(HALF) and not end:
                 return ""
-            added, before, pending = text[len(self.decode(before)):], pending, []
-            return added
+            known = commonprefix([text, self.decode(before)])       # less than `before`, if that ends with a half
+            before, pending = self.tail(before + pending), []
+            return text[len(known):]
         return add
+
+    def tail(self, ids: list) -> list:
+        """The last ids, from one on whose text is seen and begins with a whole character: ids behind them decode as
+        behind all."""
+        for start in range(len(ids) - 1, 0, -1):
+            text = self.decode(ids[start:start + 1])
+            if text and not text.startswith(HALF):
+                return ids[start:]
+        return ids
+
+class ByteByByte:
+    """A decoder for the library that gives each byte that is of no character as a replacement, as SentencePiece does.
+    The library's own replaces all bytes beside it, too: characters that were whole before the next one was cut."""
+    def __init__(self, decoder):
+        self.decoder = decoder
+
+    def decode_chain(self, tokens: list[str]) -> list[str]:
+        found = []
+        for is_byte, run in groupby(tokens, lambda token: bool(re.fullmatch("<0x[0-9A-Fa-f]{2}>", token))):
+            if is_byte:
+                text = bytes(int(token[3:5], 16) for token in run).decode("utf-8", "surrogateescape")
+                run = [token for character in text for token in byte_tokens(character)]
+            found += run
+        return [self.decoder.decode(found)]
+
+def byte_tokens(character: str) -> list[str]:
+    return [HALF] if "\udc80" <= character <= "\udcff" else [f"<0x{byte:02X}>" for byte in character.encode()]
+
+def as_llama(backend: Backend, settings: dict) -> Backend:
+    """HF's class for Llama: of a tokenizer.json it takes the vocabulary, the merges and the post-processor alone."""
+    model, prefix = backend.model, settings.get("add_prefix_space") is not False
+    if not isinstance(model, models.BPE):
+        return backend
+    model.unk_token, model.fuse_unk, model.byte_fallback, model.ignore_merges = None, True, True, False
+    plain = Backend(model)
+    scheme = ("always" if settings["legacy"] else "first") if prefix else "never"
+    plain.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    plain.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                       decoders.Strip(" ", int(prefix), 0)])
+    if backend.post_processor:
+        plain.post_processor = backend.post_processor
+    return plain
+
+def text_of(token) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+def as_token(token, **flags) -> AddedToken:
+    """A special token as a file writes it: its text, or that and flags."""
+    given = {flag: token[flag] for flag in FLAGS if flag in token} if isinstance(token, dict) else {}
+    return AddedToken(text_of(token), **{"special": True} | given | flags)
+
+def added_tokens(settings: dict, beside, in_file: dict) -> list[AddedToken]:
+    """The tokens that HF adds to a vocabulary, in the order in which new ones get ids: those of tokenizer_config.json's
+    added_tokens_decoder, or else of the other files; then those that have a name. in_file: tokenizer.json's own, by id."""
+    listed = settings.get("added_tokens_decoder")
+    settings = settings if listed is not None else settings | beside("special_tokens_map.json")
+    named = [settings[key] for key in (*NAMED, *settings) if key.endswith("_token") and settings.get(key)]
+    named = [as_token(token, special=True) for token in named if isinstance(token, str | dict)]
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    special = named + [as_token(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+    if listed is None:
+        texts = {token.content for token in special}
+        tokens = {i: AddedToken(text, special=text in texts) for text, i in beside("added_tokens.json").items()} | in_file
+    else:
+        tokens = {int(i): as_token({"special": False} | token) for i, token in listed.items()}
+    names = {token.content for token in named}
+    for token in tokens.values():
+        token.special = token.special or token.content in names
+    return [tokens[i] for i in sorted(tokens)] + special

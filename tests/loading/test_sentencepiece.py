@@ -1,4 +1,5 @@
 """tokenizer.model read by ourselves against the sentencepiece library: the same ids, the same text."""
+import random
 import struct
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 from tokenizer import HARD, differences, random_texts  # noqa: E402
 
 library = pytest.importorskip("sentencepiece", reason="development requirement; test_hub.py reads the file without it")
+NORMAL, USER_DEFINED = ours.NORMAL, ours.USER_DEFINED
 SMALL = ROOT / "tests" / "small.model"      # trained on benchmarks/openings.txt by the library, as Llama's rules are
 OPENINGS = (ROOT / "benchmarks" / "openings.txt").read_text(encoding="utf-8").splitlines()
 WORDS = " ".join(OPENINGS).split()
@@ -24,6 +26,24 @@ def train(path, **options) -> Path:
     library.SentencePieceTrainer.Train(
         sentence_iterator=iter(OPENINGS), model_prefix=str(path.with_suffix("")), vocab_size=700, model_type="bpe",
         byte_fallback=True, character_coverage=1.0, num_threads=1, minloglevel=2, **options)
+    return path
+
+
+def field(number: int, value) -> bytes:
+    """A field of a protobuf message: a whole number, a float, or a text or message."""
+    if isinstance(value, float):
+        return bytes([number << 3 | 5]) + struct.pack("<f", value)
+    value = value.encode() if isinstance(value, str) else value
+    key, size = number << 3 | 2 * isinstance(value, bytes), value if isinstance(value, int) else len(value)
+    varints = b"".join(bytes([v & 127 | 128] * (v > 127) + [v >> 7 or v][:1 + (v > 127)]) for v in (key, size))
+    return varints + (value if isinstance(value, bytes) else b"")
+
+
+def written(path, pieces: dict, prefix=1, tidy=0) -> Path:
+    """A BPE without a table of characters: pieces (name → score, type) behind the unknown one, bos and eos."""
+    pieces = {"<unk>": (0, ours.UNKNOWN), "<s>": (0, ours.CONTROL), "</s>": (0, ours.CONTROL)} | pieces
+    rows = [field(1, field(1, name) + field(2, float(score)) + field(3, kind)) for name, (score, kind) in pieces.items()]
+    path.write_bytes(b"".join(rows) + field(2, field(3, 2)) + field(3, field(3, prefix) + field(4, tidy)))
     return path
 
 
@@ -46,6 +66,36 @@ def test_equal_to_the_library(kind, tmp_path):
 
 def test_the_committed_file():
     assert differences(SMALL, HARD + OPENINGS + random_texts(WORDS, 400, seed=1)) == []
+
+
+def test_equal_scores_are_joined_from_the_left(tmp_path):
+    path = written(tmp_path / "ties.model", dict.fromkeys([*"zqx▁", "zqx", "qx", "zq", "xz"], (0, NORMAL)))
+    backend, _ = ours.read(path)
+    assert backend.encode("zqxz", add_special_tokens=False).tokens == ["▁", "zqx", "z"]
+    assert differences(path, ["zqxz", "xzqxzqx"]) == []
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_pieces_scores_and_user_defined_ones(seed, tmp_path):
+    """Few letters, pieces of any score, many equal: every text meets ties, and pieces that overlap."""
+    rng = random.Random(seed)
+    some = lambda n, most: {"".join(rng.choices("ab▁c", k=rng.randint(2, most))) for _ in range(n)}
+    pieces = {letter: (-9, NORMAL) for letter in "ab▁"} | {p: (rng.randint(-3, 0), NORMAL) for p in some(25, 5)}
+    pieces |= {p: (rng.randint(-3, 0), USER_DEFINED) for p in some(seed % 3 * 2, 3)}
+    path = written(tmp_path / "random.model", pieces, prefix=seed % 2, tidy=seed // 2 % 2)
+    judge, (backend, before) = library.SentencePieceProcessor(model_file=str(path)), ours.read(path)
+    for text in ("".join(rng.choices("aab bcdé▁", k=rng.randint(1, 30))) for _ in range(150)):
+        assert backend.encode(before(text), add_special_tokens=False).ids == judge.encode(text), text
+
+
+@pytest.mark.parametrize("options", [{}, {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}])
+def test_user_defined_pieces(options, tmp_path):
+    """Whole wherever they stand in the text, and what a rule would replace in them stays."""
+    symbols = ["<extra>", "<extra>s", "ﬁx", "㍿", "\n\n", "_x_"]
+    path = train(tmp_path / "tokenizer.model", user_defined_symbols=symbols, **options)
+    texts = ["a<extra>sb <extra> ﬁx ﬁ ㍿㍿", "\n\n\n_x_ _x_x_", *symbols]
+    assert differences(path, texts + [a + b for a in HARD[:14] for b in symbols]) == []
+    assert Tokenizer(tmp_path, LlamaConfig()).encode("㍿") == [1, *library.SentencePieceProcessor(model_file=str(path)).encode("㍿")]
 
 
 def test_documents_begin_with_bos_and_pieces_stream(tmp_path):
@@ -85,8 +135,8 @@ def test_other_kinds_are_refused(tmp_path):
                                        vocab_size=200, model_type="unigram", num_threads=1, minloglevel=2)
     with pytest.raises(UserError, match="its model is not BPE"):
         Tokenizer(tmp_path, tiny_llama(vocab_size=700).config)
-    train(tmp_path / "tokenizer.model", user_defined_symbols=["<extra>"])
-    with pytest.raises(UserError, match="user-defined pieces"):
+    written(tmp_path / "tokenizer.model", {"a": (0, NORMAL), "b": (0, ours.UNUSED)})
+    with pytest.raises(UserError, match="unused pieces"):
         Tokenizer(tmp_path, tiny_llama(vocab_size=700).config)
 
 
