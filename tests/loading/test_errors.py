@@ -202,12 +202,13 @@ CASES = {
     "large tree": (lambda f: write_json(f / "medusa/tree.json", {"paths": [[r] for r in range(2049)]}), [],
                    ["tree: 2049 paths, at most 2048"]),
     "config of another model": (config(vocab_size=299), ["--heads", "none"], ["expected [299, 32]"]),
-    "tokenizer of another model": (bigger_tokenizer, [], ["tokenizer.json has 302 entries, the model only 300"]),
+    "tokenizer of another model": (bigger_tokenizer, ["--prompt", "a yak"],
+                                   ["tokenizer.json has the id 301, the model only 300 entries"]),
     "null": (config(rms_norm_eps="x"), [], ["rms_norm_eps is 'x', it must be a positive number"]),
     "theta": (config(rope_theta=-1), [], ["rope_theta is -1, it must be a positive number"]),
     "rope a list": (config(rope_scaling=[1]), [], ["rope_scaling is [1], only an object"]),
     "tie": (config(tie_word_embeddings="false"), [], ["tie_word_embeddings is 'false', it must be true or false"]),
-    "bos": (config(bos_token_id=300), [], ["bos_token_id is 300, it must be a token id"]),
+    "bos": (config(bos_token_id="1"), [], ["bos_token_id is '1', it must be a token id"]),
     "eos": (text("generation_config.json", b'{"eos_token_id": [2, "3"]}'), [], ["eos_token_id is (2, '3')"]),
     "index": (text("model.safetensors.index.json", b'{"weight_map": [1]}'), [], ["weight_map must be an object"]),
     "heads' width": (lambda f: edit(f / "medusa/config.json", medusa_width=-1), [], ["medusa_width -1"]),
@@ -294,6 +295,18 @@ def test_help(script, cli):
 
 def test_the_healthy_folder_is_fine(tiny_folder, cli):
     assert cli("generate", "--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 3)[0] == 0
+
+
+@pytest.mark.parametrize("change", [
+    bigger_tokenizer, config(bos_token_id=300), config(bos_token_id=-1), config(eos_token_id=[-1, 300]),
+    text("generation_config.json", b'{"eos_token_id": [2, 300, -1]}')])
+def test_ids_that_never_come_harm_nobody(change, tiny_folder, cli):
+    """More entries than the model, ids beyond its vocabulary or below zero: as in transformers, none is ever used."""
+    run = ["generate", "--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 40, "--json"]
+    whole = json.loads(cli(*run)[1])
+    change(tiny_folder)
+    status, out, err = cli(*run)
+    assert status == 0 and err == "" and json.loads(out)["token_ids"] == whole["token_ids"]
 
 
 @pytest.mark.parametrize("damage, says", [
