@@ -116,7 +116,7 @@ class Pieces:
 
 def either(texts) -> str:
     """A pattern of the longest of some texts that is at a place; of none, one that is nowhere."""
-    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
+    return "|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True))) or "(?!)"
 
 def charsmap(data: bytes) -> dict[str, str]:
     """The characters, and sequences of them, that are replaced before all else: a Darts double array of their UTF-8,

@@ -33,14 +33,13 @@ class Tokenizer:
         self.before = lambda text: text     # what is done to a text before the library's part
         with self.reading(f"can't read the tokenizer {path}"):
             if path.suffix == ".model":
-                added = added_tokens(settings, beside, {})
+                added = added_tokens(settings, beside, {}, {})
                 self.backend, self.before = sentencepiece.read(path, added, settings["legacy"])
             else:
-                self.backend = Backend.from_file(str(path))
-                added = added_tokens(settings, beside, self.backend.get_added_tokens_decoder())
-                if of_llama:
-                    self.backend = as_llama(self.backend, settings)
-                self.backend.add_tokens(added)
+                backend = Backend.from_file(str(path))
+                self.backend = as_llama(backend, settings) if of_llama else backend
+                in_file, kept = (b.get_added_tokens_decoder() for b in (backend, self.backend))
+                self.backend.add_tokens(added_tokens(settings, beside, in_file, kept))
             if self.backend.decoder and b"ByteFallback" in self.backend.decoder.__getstate__():
                 self.backend.decoder = decoders.Decoder.custom(ByteByByte(self.backend.decoder))
         self.backend.no_truncation()        # what a training run may have left in the file
@@ -48,10 +47,10 @@ class Tokenizer:
         self.path, self.vocab_size, self.eos = path, config.vocab_size, list(config.eos_token_ids)
         self.size = min(self.backend.get_vocab_size(), config.vocab_size)
         self.bos, self.unwritten = self.written_bos(), []
-        add_bos = settings.get("add_bos_token")
-        if add_bos is None or path.suffix == ".json":       # as in HF: for Llama's own classes, others leave it to the file
-            add_bos = add_bos is not False and "llama" in name.lower()
-        if add_bos and not self.bos:
+        told, is_llama = settings.get("add_bos_token"), "llama" in name.lower()
+        if path.suffix == ".json":
+            told = bool(told and is_llama)      # as in HF, other classes leave it to the file
+        if not self.bos and (is_llama if told is None else told):
             bos = self.backend.token_to_id(text_of(settings.get("bos_token") or "<s>"))
             if bos is None and config.bos_token_id in self.backend.get_added_tokens_decoder():
                 bos = config.bos_token_id
@@ -162,21 +161,25 @@ def as_token(token, **flags) -> AddedToken:
     given = {flag: token[flag] for flag in FLAGS if flag in token} if isinstance(token, dict) else {}
     return AddedToken(text_of(token), **{"special": True} | given | flags)
 
-def added_tokens(settings: dict, beside, in_file: dict) -> list[AddedToken]:
+def added_tokens(settings: dict, beside, in_file: dict, kept: dict) -> list[AddedToken]:
     """The tokens that HF adds to a vocabulary, in the order in which new ones get ids: those of tokenizer_config.json's
-    added_tokens_decoder, or else of the other files; then those that have a name. in_file: tokenizer.json's own, by id."""
+    added_tokens_decoder, or else of the older files; then those that have a name. in_file: tokenizer.json's own by id;
+    kept: those of them that stand already."""
     listed = settings.get("added_tokens_decoder")
-    settings = settings if listed is not None else settings | beside("special_tokens_map.json")
-    named = [settings[key] for key in (*NAMED, *settings) if key.endswith("_token") and settings.get(key)]
-    named = [as_token(token, special=True) for token in named if isinstance(token, str | dict)]
+    old = beside("special_tokens_map.json") if listed is None else {}
+    named = [token for key, token in (dict.fromkeys(NAMED) | settings | old).items()
+             if key.endswith("_token") and token and isinstance(token, str | dict)]
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    special = named + [as_token(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+    named, extra = (named + list(extra.values()), []) if isinstance(extra, dict) else (named, extra)
+    names = {text_of(token) for token in named}
     if listed is None:
-        texts = {token.content for token in special}
-        tokens = {i: AddedToken(text, special=text in texts) for text, i in beside("added_tokens.json").items()} | in_file
+        special = names.union(map(text_of, extra))
+        tokens = {i: AddedToken(text, special=text in special) for text, i in beside("added_tokens.json").items()} | in_file
     else:
         tokens = {int(i): as_token({"special": False} | token) for i, token in listed.items()}
-    names = {token.content for token in named}
     for token in tokens.values():
         token.special = token.special or token.content in names
-    return [tokens[i] for i in sorted(tokens)] + special
+    others = [as_token(token, special=True) for token in named]
+    others += map(as_token, extra or old.get("additional_special_tokens") or [])
+    known = {token.content for token in (*tokens.values(), *kept.values())}
+    return [tokens[i] for i in sorted(tokens)] + [token for token in others if token.content not in known]
