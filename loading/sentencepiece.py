@@ -69,7 +69,8 @@ class Pieces:
             if piece in self.ids:
                 found.append(Token(self.ids[piece], piece, (start, end)))
             elif "<0x00>" in self.ids:
-                found += [Token(self.ids[byte], byte, (start, end)) for byte in map("<0x{:02X}>".format, piece.encode())]
+                names = map("<0x{:02X}>".format, piece.encode())
+                found += [Token(self.ids[name], name, (start, end)) for name in names]
             else:
                 if found and found[-1].value == self.unknown:
                     start = found.pop().offsets[0]
@@ -166,8 +167,8 @@ def replaced(table: dict[str, str], kept) -> Callable[[str], str]:
 
 def read(path, added=(), spaced=True) -> tuple[Tokenizer, Callable[[str], str]]:
     """The tokenizer, and what is to be done to a text before it is encoded (the library's own way to do that,
-    `Precompiled`, drops marks behind a replaced character), with tokens `added` to those of the file. spaced: text behind
-    one begins with an unwritten space, too. ValueError: not such a file, or one of another kind."""
+    `Precompiled`, drops marks behind a replaced character), with tokens `added` to those of the file. spaced: a text
+    behind one begins with an unwritten space, too. ValueError: not such a file, or one of another kind."""
     try:
         data = Path(path).read_bytes()
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):

@@ -1,8 +1,8 @@
-"""Text to ids and back, streaming included, through the `tokenizers` library, from the files that transformers reads."""
+"""Text to ids and back, streaming included, through the `tokenizers` library, from the files that HF reads."""
 import hashlib
 import re
 from contextlib import contextmanager
-from itertools import groupby, takewhile
+from itertools import groupby
 from os.path import commonprefix
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -12,12 +12,12 @@ from loading.files import UserError, locate, read_json
 # the tokens that a configuration names, in the order in which new ones get ids; what a file says of a token
 NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-OF_LLAMA = {"legacy": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}      # of HF's class
+LLAMA = {"legacy": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}     # defaults of HF's class
 HALF = "\N{REPLACEMENT CHARACTER}"      # what bytes decode to that are no whole character
 
 class Tokenizer:
-    """`tokenizer.json`, else SentencePiece's `tokenizer.model`, with what transformers reads beside it. bos: the ids in
-    front of every text."""
+    """`tokenizer.json`, else SentencePiece's `tokenizer.model`, and what HF reads beside it. bos: the ids in front of
+    every text."""
     def __init__(self, name_or_path, config, revision=None):
         def beside(name: str) -> dict:
             path = locate(name_or_path, name, revision, required=False)
@@ -27,17 +27,17 @@ class Tokenizer:
             or locate(name_or_path, "tokenizer.json", revision)
         model, settings = beside("config.json"), beside("tokenizer_config.json")
         name = str(settings.get("tokenizer_class") or model.get("tokenizer_class") or "llama")
-        of_llama = name.removesuffix("Fast") == "LlamaTokenizer" and model.get("model_type") != "mistral" \
-            and b'"ByteLevel"' not in path.read_bytes()
-        settings = (OF_LLAMA if of_llama else {"legacy": True}) | settings
         self.before = lambda text: text     # what is done to a text before the library's part
         with self.reading(f"can't read the tokenizer {path}"):
+            of_class = name.removesuffix("Fast") == "LlamaTokenizer" and model.get("model_type") != "mistral" \
+                and b'"ByteLevel"' not in path.read_bytes()
+            settings = (LLAMA if of_class else {"legacy": True}) | settings
             if path.suffix == ".model":
                 added = added_tokens(settings, beside, {}, {})
                 self.backend, self.before = sentencepiece.read(path, added, settings["legacy"])
             else:
                 backend = Backend.from_file(str(path))
-                self.backend = as_llama(backend, settings) if of_llama else backend
+                self.backend = as_llama(backend, settings) if of_class else backend
                 in_file, kept = (b.get_added_tokens_decoder() for b in (backend, self.backend))
                 self.backend.add_tokens(added_tokens(settings, beside, in_file, kept))
             if self.backend.decoder and b"ByteFallback" in self.backend.decoder.__getstate__():
@@ -46,11 +46,13 @@ class Tokenizer:
         self.backend.no_padding()
         self.path, self.vocab_size, self.eos = path, config.vocab_size, list(config.eos_token_ids)
         self.size = min(self.backend.get_vocab_size(), config.vocab_size)
-        self.bos, self.unwritten = self.written_bos(), []
-        told, is_llama = settings.get("add_bos_token"), "llama" in name.lower()
+        with self.reading(f"{path} can't encode"):
+            encoded = self.backend.encode("a")
+        self.bos, self.unwritten = encoded.ids[:[*encoded.sequence_ids, 0].index(0)], []
+        told, llama = settings.get("add_bos_token"), "llama" in name.lower()
         if path.suffix == ".json":
-            told = bool(told and is_llama)      # as in HF, other classes leave it to the file
-        if not self.bos and (is_llama if told is None else told):
+            told = bool(told and llama)     # as in HF, other classes leave it to the file
+        if not self.bos and (llama if told is None else told):
             bos = self.backend.token_to_id(text_of(settings.get("bos_token") or "<s>"))
             if bos is None and config.bos_token_id in self.backend.get_added_tokens_decoder():
                 bos = config.bos_token_id
@@ -66,13 +68,6 @@ class Tokenizer:
             raise
         except BaseException as error:
             raise UserError(f"{doing}: {error}") from error
-
-    def written_bos(self) -> list[int]:
-        """The ids that the file's own post-processor writes in front of a text."""
-        with self.reading(f"{self.path} can't encode"):
-            encoded = self.backend.encode("a")
-        ids = zip(encoded.ids, encoded.sequence_ids, strict=True)
-        return [i for i, _ in takewhile(lambda pair: pair[1] is None, ids)]
 
     def sha256(self) -> str:
         """Of its file: token files tell by it which tokenizer wrote them."""
@@ -121,8 +116,8 @@ class Tokenizer:
         return ids
 
 class ByteByByte:
-    """A decoder for the library that gives each byte that is of no character as a replacement, as SentencePiece does.
-    The library's own replaces all bytes beside it, too: characters that were whole before the next one was cut."""
+    """A decoder for the library that replaces each byte that is of no character, as SentencePiece does. The library's
+    own replaces all bytes beside it, too: characters that were whole before the next one was cut."""
     def __init__(self, decoder):
         self.decoder = decoder
 
@@ -131,12 +126,9 @@ class ByteByByte:
         for is_byte, run in groupby(tokens, lambda token: bool(re.fullmatch("<0x[0-9A-Fa-f]{2}>", token))):
             if is_byte:
                 text = bytes(int(token[3:5], 16) for token in run).decode("utf-8", "surrogateescape")
-                run = [token for character in text for token in byte_tokens(character)]
+                run = [re.sub("[\udc80-\udcff]", HALF, text)]
             found += run
         return [self.decoder.decode(found)]
-
-def byte_tokens(character: str) -> list[str]:
-    return [HALF] if "\udc80" <= character <= "\udcff" else [f"<0x{byte:02X}>" for byte in character.encode()]
 
 def as_llama(backend: Backend, settings: dict) -> Backend:
     """HF's class for Llama: of a tokenizer.json it takes the vocabulary, the merges and the post-processor alone."""
@@ -149,8 +141,7 @@ def as_llama(backend: Backend, settings: dict) -> Backend:
     plain.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
     plain.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                        decoders.Strip(" ", int(prefix), 0)])
-    if backend.post_processor:
-        plain.post_processor = backend.post_processor
+    plain.post_processor = backend.post_processor
     return plain
 
 def text_of(token) -> str:
@@ -174,7 +165,8 @@ def added_tokens(settings: dict, beside, in_file: dict, kept: dict) -> list[Adde
     names = {text_of(token) for token in named}
     if listed is None:
         special = names.union(map(text_of, extra))
-        tokens = {i: AddedToken(text, special=text in special) for text, i in beside("added_tokens.json").items()} | in_file
+        tokens = {i: AddedToken(text, special=text in special) for text, i in beside("added_tokens.json").items()}
+        tokens |= in_file
     else:
         tokens = {int(i): as_token({"special": False} | token) for i, token in listed.items()}
     for token in tokens.values():

@@ -27,11 +27,14 @@ def token(content: str, **flags) -> dict:
         "content": content}
 
 
-def byte_level(folder, bos=True):
+def byte_level(folder):
+    byte_tokenizer(folder / "tokenizer.json", 400)
+
+
+def no_bos(folder):
     backend = byte_tokenizer(folder / "tokenizer.json", 400)
-    if not bos:         # as SmolLM2's is
-        backend.post_processor = processors.TemplateProcessing(single="$A")
-        backend.save(str(folder / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(single="$A")
+    backend.save(str(folder / "tokenizer.json"))
 
 
 def converted(folder):
@@ -39,7 +42,8 @@ def converted(folder):
     model = sentencepiece.fields(SMALL.read_bytes())
     names = [sentencepiece.fields(piece)[1][0].decode() for piece in model[1]]
     ids = {name: i for i, name in enumerate(names)}
-    merges = [(name[:i], name[i:]) for name in names[259:] for i in range(1, len(name)) if {name[:i], name[i:]} <= set(ids)]
+    merges = [(name[:i], name[i:]) for name in names[259:] for i in range(1, len(name))
+              if name[:i] in ids and name[i:] in ids]
     backend = Backend(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
@@ -53,8 +57,9 @@ def as_model(folder):
     shutil.copy(SMALL, folder / "tokenizer.model")
 
 
-LISTED = {"400": token("<|im_start|>", special=True), "401": token("<l>", lstrip=True), "402": token("<n> x", normalized=True),
-          "403": token("<r>", rstrip=True, special=True), "404": token("<w>", single_word=True)}
+LISTED = {
+    "400": token("<|im_start|>", special=True), "401": token("<l>", lstrip=True), "404": token("<w>", single_word=True),
+    "402": token("<n> x", normalized=True), "403": token("<r>", rstrip=True, special=True)}
 FILES = {       # name of a file → what it holds
     "nothing else": {},
     "listed": {"tokenizer_config": {"added_tokens_decoder": LISTED, "bos_token": "<s>", "pad_token": "[PAD]"}},
@@ -63,12 +68,14 @@ FILES = {       # name of a file → what it holds
         "special_tokens_map": {"pad_token": "[PAD]"}, "added_tokens": {"[PAD]": 405}},
     "the older files": {
         "added_tokens": {"<l>": 401, "<|im_start|>": 400, "<r>": 402}, "tokenizer_config": {"eos_token": "</s>"},
-        "special_tokens_map": {"pad_token": token("[PAD]", rstrip=True), "eos_token": token("<|im_start|>", lstrip=True),
-                               "additional_special_tokens": ["<plain>", "<r>"]}},
-    "names": {"tokenizer_config": {"additional_special_tokens": ["<plain>", "<w>"], "pad_token": "[PAD]", "image_token": "<r>",
-                                   "add_bos_token": False, "legacy": True}},
-    "names as objects": {"tokenizer_config": {"bos_token": {"__type": "AddedToken", **token("<s>")}, "legacy": None, "pad_token": {
-        "__type": "AddedToken", **token("[PAD]", lstrip=True)}, "extra_special_tokens": {"image_token": "<plain>"}}},
+        "special_tokens_map": {
+            "pad_token": token("[PAD]", rstrip=True), "eos_token": token("<|im_start|>", lstrip=True),
+            "additional_special_tokens": ["<plain>", "<r>"]}},
+    "names": {"tokenizer_config": {"additional_special_tokens": ["<plain>", "<w>"], "pad_token": "[PAD]",
+                                   "image_token": "<r>", "add_bos_token": False, "legacy": True}},
+    "names as objects": {"tokenizer_config": {
+        "bos_token": {"__type": "AddedToken", **token("<s>")}, "extra_special_tokens": {"image_token": "<plain>"},
+        "pad_token": {"__type": "AddedToken", **token("[PAD]", lstrip=True)}, "legacy": None}},
     "mistral": {"config": {"model_type": "mistral"}, "added_tokens": {"<|im_start|>": 400}},
     "no prefix": {"tokenizer_config": {"add_prefix_space": False, "legacy": False}}}
 CLASSES = [None, "LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "LLaMATokenizer"]
@@ -113,7 +120,7 @@ LEGACY = [({}, True), ({"tokenizer_class": "LlamaTokenizer"}, False), ({"tokeniz
 @pytest.mark.parametrize("settings, legacy", LEGACY)
 @pytest.mark.parametrize("listed", [True, False])
 def test_a_sentencepiece_model_with_added_tokens(listed, settings, legacy, tmp_path):
-    """Each part between them as sentencepiece encodes it, "legacy" or not: with a space in front that is not written."""
+    """Each part between them as sentencepiece encodes it; "legacy": with a space in front that is not written."""
     library = pytest.importorskip("sentencepiece")
     no_prefix = b"\x1a\x02\x18\x00"       # a second NormalizerSpec, which counts: add_dummy_prefix false
     judge, bare = (library.SentencePieceProcessor(model_proto=SMALL.read_bytes() + more) for more in (b"", no_prefix))
@@ -126,24 +133,27 @@ def test_a_sentencepiece_model_with_added_tokens(listed, settings, legacy, tmp_p
     assert tokenizer.encode("a day<|im_start|>user\nhi 你<x> b</s>") == [
         1, *judge.encode("a day"), 700, *behind.encode("user\nhi 你"), 701, *behind.encode(" b"), 2]
     assert tokenizer.encode("<x>user") == [1, 701, *behind.encode("user")]
-    assert tokenizer.decode([1, 700, *judge.encode("user"), 701, 2]) == ("user<x>" if listed else "<|im_start|> user<x>")
+    shown = "user<x>" if listed else "<|im_start|> user<x>"
+    assert tokenizer.decode([1, 700, *judge.encode("user"), 701, 2]) == shown
 
 
-NO_BOS = {"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}}
+def of_class(name, **more):
+    return {"tokenizer_config": {"tokenizer_class": name} | more}
+
+
 @pytest.mark.parametrize("build, files, bos", [
-    (byte_level, {"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"}}, [1]),        # as Llama 3
-    (lambda f: byte_level(f, bos=False), NO_BOS, []),                                               # as SmolLM2
-    (lambda f: byte_level(f, bos=False), {"tokenizer_config": {
-        "tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "bos_token": "</s>"}}, [2]),
-    (as_model, {}, [1]), (as_model, {"tokenizer_config": {"tokenizer_class": "LLaMATokenizer"}}, [1]),
-    (as_model, {"tokenizer_config": {"bos_token": token("</s>")}}, [2]),
-    (as_model, {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}}, []), (as_model, NO_BOS, [])])
+    (byte_level, of_class("PreTrainedTokenizerFast"), [1]),             # as Llama 3
+    (no_bos, of_class("PreTrainedTokenizerFast", bos_token="<s>"), []), # as SmolLM2
+    (no_bos, of_class("LlamaTokenizerFast", bos_token="</s>", add_bos_token=True), [2]),
+    (as_model, {}, [1]), (as_model, of_class("LLaMATokenizer"), [1]), (as_model, of_class(None, bos_token="</s>"), [2]),
+    (as_model, of_class(None, bos_token=token("</s>")), [2]), (as_model, of_class("PreTrainedTokenizerFast"), []),
+    (as_model, of_class("LlamaTokenizer", add_bos_token=False), [])])
 def test_bos_is_the_tokenizers_own_and_comes_once(build, files, bos, tmp_path):
     """Llama 1's config.json says that bos is 0."""
     folder = folder_of(tmp_path, build, files | {"config": {"bos_token_id": 0, "eos_token_id": 1}})
     tokenizer = Tokenizer(folder, LlamaConfig(vocab_size=900, bos_token_id=0))
     assert tokenizer.bos == tokenizer.encode("") == bos
-    assert tokenizer.encode("Once")[:len(bos) + 1] == bos + tokenizer.backend.encode("Once", add_special_tokens=False).ids[:1]
+    assert tokenizer.encode("Once") == bos + tokenizer.backend.encode("Once", add_special_tokens=False).ids
 
 
 PLACES = ["爿" * 9, "a naïve 你好 🦊🦊 dog", "  two  spaces \N{REPLACEMENT CHARACTER} and 爿 ", "🦊", "  爿  🦊\n"]
@@ -151,7 +161,7 @@ PLACES = ["爿" * 9, "a naïve 你好 🦊🦊 dog", "  two  spaces \N{REPLACEME
 
 @pytest.mark.parametrize("build", [byte_level, converted, as_model])
 def test_streamed_text_is_the_text_at_every_split(build, tmp_path):
-    """Prompts and ids that begin or end inside a character, special tokens and stray bytes between, pieces of any size."""
+    """Prompts and ids that begin or end inside a character, special tokens and stray bytes between them."""
     tokenizer = Tokenizer(folder_of(tmp_path, build, {"added_tokens": {"<x>": 700}}), CONFIG)
     rng, stray = random.Random(0), tokenizer.encode("爿")[-1]
     for text in PLACES * 3:
@@ -165,7 +175,8 @@ def test_streamed_text_is_the_text_at_every_split(build, tmp_path):
                 at, begin = min(end, at + rng.choice([1, 1, 2, 9])), at
                 pieces.append(stream(ids[begin:at]))
             before, whole = tokenizer.decode(ids[:start]), tokenizer.decode(ids[:end])
-            assert "".join(pieces) + stream([], end=True) == whole[len(commonprefix([before, whole])):], (text, start, end)
+            added = whole[len(commonprefix([before, whole])):]
+            assert "".join(pieces) + stream([], end=True) == added, (text, start, end)
             assert not any(p.endswith("\N{REPLACEMENT CHARACTER}") for p in pieces)
 
 
@@ -179,7 +190,8 @@ def test_a_cut_character_leaves_the_whole_ones_before_it(build, tmp_path):
     assert tokenizer.stream(ids[:-1])(ids[-1:], True) == "爿"
     for text in ("爿" * 3, "🦊爿a"):
         ids = judge.encode(text)
-        assert [tokenizer.decode(ids[:end]) for end in range(len(ids))] == [judge.decode(ids[:end]) for end in range(len(ids))]
+        for end in range(len(ids)):
+            assert tokenizer.decode(ids[:end]) == judge.decode(ids[:end])
 
 
 @pytest.mark.parametrize("name, data, says", [
@@ -187,7 +199,8 @@ def test_a_cut_character_leaves_the_whole_ones_before_it(build, tmp_path):
     ("tokenizer_config.json", b'{"added_tokens_decoder": [1]}', "can't read the tokenizer"),
     ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}', "can't read the tokenizer"),
     ("special_tokens_map.json", b'{"pad_token": {"id": 3}}', "can't read the tokenizer"),
-    ("added_tokens.json", b'{"a": "b", "c": 1}', "can't read the tokenizer"), ("added_tokens.json", b"[]", "expected an object")])
+    ("added_tokens.json", b'{"a": "b", "c": 1}', "can't read the tokenizer"),
+    ("added_tokens.json", b"[]", "expected an object")])
 def test_files_beside_that_are_damaged(name, data, says, tmp_path):
     as_model(tmp_path)
     (tmp_path / name).write_bytes(data)
