@@ -18,11 +18,12 @@ from tokenizers import Tokenizer as Backend
 
 import prepare_data
 from extras.command_line import command_line
-from llama import Llama, new_cache
+from llama import Llama, LlamaConfig, new_cache
 from loading import checkpoint, files
 from loading.documents import beside
 from loading.files import UserError, read_json, write_json
 from loading.heads import base_of
+from loading.tokenizer import Tokenizer
 from tinymedusa import MedusaHeads
 from variants.heads import load_heads, save
 
@@ -386,6 +387,8 @@ def test_ids_that_never_come_harm_nobody(change, tiny_folder, cli):
     change(tiny_folder)
     status, out, err = cli(*run)
     assert status == 0 and err == "" and json.loads(out)["token_ids"] == whole["token_ids"]
+    config = LlamaConfig.from_pretrained(tiny_folder)
+    assert set(config.eos_token_ids) <= {2} and Tokenizer(tiny_folder, config).bos == [1]
 
 
 @pytest.mark.parametrize("damage, says", [

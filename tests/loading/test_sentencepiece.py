@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, tiny_llama
+from tokenizers import AddedToken
 
 from llama import LlamaConfig
 from loading import sentencepiece as ours
@@ -96,7 +97,16 @@ def test_user_defined_pieces(options, tmp_path):
     path = train(tmp_path / "tokenizer.model", user_defined_symbols=symbols, **options)
     texts = ["a<extra>sb <extra> ﬁx ﬁ ㍿㍿", "\n\n\n_x_ _x_x_", *symbols]
     assert differences(path, texts + [a + b for a in HARD[:14] for b in symbols]) == []
+    assert ours.read(path, [AddedToken("Ａ")])[1]("Ａ ﬁ").startswith("Ａ ")         # nor in an added token
     assert 6 in Tokenizer(tmp_path, LlamaConfig()).encode("a㍿")
+
+
+def test_spaces_beside_added_tokens_are_at_the_ends_of_texts(tmp_path):
+    path = written(tmp_path / "tidy.model", dict.fromkeys([*"▁ab", "▁a", "▁b"], (0, NORMAL)), tidy=1)
+    judge, (backend, _) = library.SentencePieceProcessor(model_file=str(path)), ours.read(path, [AddedToken("<x>")])
+    for part in ("  a  b  ", " b", "a "):
+        ids = judge.encode(part)
+        assert backend.encode(f"{part}<x>{part}").ids == [*ids, 9, *ids]
 
 
 def test_documents_begin_with_bos_and_pieces_stream(tmp_path):
