@@ -160,7 +160,8 @@ def main():
     prompts = [prompt for prompt in prompts for _ in range(args.samples)]
     if base := base_of(args.model, args.revision):
         args.model, args.heads = base, args.heads or args.model     # the name of published heads alone
-    model = engines.load(args.model, TORCH_DTYPES.get(args.dtype), args.device, args.revision, args.quantize, args.fast)
+    model = engines.load(args.model, TORCH_DTYPES.get(args.dtype), args.device, args.revision, args.quantize, args.fast,
+                         args.context)
     tokenizer = Tokenizer(args.model, model.config, args.revision)
     heads, tree, tree_source = heads_and_tree(args, model)
     if args.tune:

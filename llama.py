@@ -35,7 +35,7 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None            # None, or rope_type "linear", "llama3" or "dynamic" and its numbers
+    rope_scaling: dict | None = None            # None, or rope_type "linear", "llama3", "yarn", "dynamic", its numbers
     sliding_window: int | None = None           # Mistral's: from_dict ends the context with it
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -67,13 +67,32 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - keep) * frequency / scaling["factor"] + keep * frequency
+    if scaling.get("rope_type") == "yarn":
+        slow, keep = 1.0 / (scaling["factor"] * config.rope_theta ** exponent), yarn_ramp(config)
+        return slow * (1 - keep) + frequency * keep
     return frequency
 
+def yarn_ramp(config: LlamaConfig) -> Tensor:
+    """As in Llama 3, pairs with many turns keep their frequency (1), those with few are slowed down (0), but between
+    them the ramp is one of dimensions: [D/2]. arXiv 2309.00071"""
+    scaling, size = config.rope_scaling, config.head_dim
+    def dimension(turns):                                   # that makes so many turns in the original context
+        wavelength = scaling["original_max_position_embeddings"] / turns
+        return size * math.log(wavelength / (2 * math.pi)) / (2 * math.log(config.rope_theta))
+    first, last = dimension(scaling["beta_fast"]), dimension(scaling["beta_slow"])
+    if scaling["truncate"]:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    ramp = (torch.arange(size // 2) - first) / (last - first or 0.001)
+    return 1 - ramp.clamp(0, 1)
+
 def rotary_table(config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's D/2 angles, twice over: [positions, D] each; the first half of sin negated."""
+    """cos and sin of every position's D/2 angles, twice over: [positions, D] each; the first half of sin negated. Both
+    are multiplied by YaRN's attention factor."""
     positions = torch.arange(config.max_position_embeddings + DEEPEST)      # room for a tree at the very end
     angle = positions[:, None] * rotary_frequencies(config)
-    cos, sin = angle.cos(), angle.sin()
+    factor = (config.rope_scaling or {}).get("attention_factor", 1.0)
+    cos, sin = factor * angle.cos(), factor * angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -243,11 +262,12 @@ class Llama(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_pretrained(cls, name_or_path, dtype=None, device="cpu", revision=None) -> "Llama":
+    def from_pretrained(cls, name_or_path, dtype=None, device="cpu", revision=None, context=None) -> "Llama":
         """Load a local folder or a hub id in HF's layout: config.json and safetensors (or .bin) files. dtype None:
-        float32 on a CPU, else the checkpoint's. Never more in memory than the model and a few rows. UserError: a file
-        is missing or damaged, is not a Llama's, or a tensor has another name, shape or type."""
-        files = checkpoint.find(name_or_path, revision)
+        float32 on a CPU, else the checkpoint's; context: the longest text, where it is not to be the config's. Never
+        more in memory than the model and a few rows. UserError: a file is missing or damaged, is not a Llama's, or a
+        tensor has another name, shape or type."""
+        files = checkpoint.find(name_or_path, revision, context)
         config = LlamaConfig.from_dict(files.config)
         with torch.device("meta"):                  # shapes only: no memory, no random initialisation
             model = cls(config)

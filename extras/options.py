@@ -2,7 +2,7 @@
 import argparse
 from pathlib import Path
 from extras.command_line import SEED, ArgumentParser, device, number, threads
-from loading.config import DTYPES
+from loading.config import DTYPES, LONGEST
 from loading.documents import HELD_OUT
 from loading.export import LAYOUTS
 from loading.files import UserError
@@ -33,6 +33,8 @@ def generate_options(parser: ArgumentParser) -> None:
     add("--prompt", action="append", type=text_argument, metavar="TEXT", help="may be repeated")
     add("--prompts-file", type=Path, metavar="FILE", help='one prompt a line; of a .jsonl a string or {"prompt": ..}')
     add("--batch-size", type=number(int, 1, 4096), default=1, help="rows at once, with --prompts-file or --tune")
+    add("--context", type=number(int, 1, LONGEST), help="tokens of a prompt and its text together (default: what the "
+        "model's config says)")
     add("--max-new-tokens", type=number(int, 1), default=256)
     add("--max-steps", type=number(int, 1), help="end after this number of decoding steps, plain or Medusa")
     add("--temperature", type=number(float, 0), default=0.0, help="0: always the most likely token")

@@ -18,7 +18,7 @@ from extras.command_line import shard
 from extras.forecast import grow_tree, joint_hits
 from llama import Llama
 from loading.checkpoint import TORCH_DTYPES
-from loading.files import UserError, locate, model_name, read_json, write_atomic, write_json
+from loading.files import UserError, model_name, read_json, tokenizer_files, write_atomic, write_json
 from loading.trees import with_temperatures
 from tinymedusa import MedusaHeads, Tree
 from variants.heads import save as save_heads
@@ -137,9 +137,8 @@ def save_results(args, model: Llama, heads: MedusaHeads) -> Path:
     if not args.medusa_2:
         save_heads(folder, heads, model, model_name(args.model), TORCH_DTYPES[model.config.dtype])
         return folder
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
-        if file := locate(args.model, name, required=False):
-            write_atomic(out / name, lambda p, file=file: p.write_bytes(file.read_bytes()))
+    for name, file in tokenizer_files(args.model).items():
+        write_atomic(out / name, lambda p, file=file: p.write_bytes(file.read_bytes()))
     model.save(out, torch.float32)
     save_heads(folder, heads, model, model_name(out), torch.float32)
     return folder

@@ -10,16 +10,16 @@ from llama import Llama
 from tinymedusa import GREEDY, ROOT, Decoder, PlainDecoder, Sampling, Tree, call
 from variants.lookup import Lookup, LookupDecoder
 
-def load(name_or_path, dtype=None, device="cpu", revision=None, quantize=None, fast=False) -> nn.Module:
+def load(name_or_path, dtype=None, device="cpu", revision=None, quantize=None, fast=False, context=None) -> nn.Module:
     """The model of a folder or hub id, for the engine that is to run it. Where the fast one can't be had, a line on
     stderr says why, and torch's is loaded. UserError: see Llama.from_pretrained."""
     if fast and torch.device(device).type == "cpu":
         try:
-            return NativeLlama.from_pretrained(name_or_path, dtype, revision, bool(quantize))
+            return NativeLlama.from_pretrained(name_or_path, dtype, revision, bool(quantize), context)
         except Unavailable as reason:
             print(f"--fast: {reason}; going on in plain torch", file=sys.stderr)
     read = int8.load if quantize else Llama.from_pretrained
-    model = read(name_or_path, dtype, device, revision)
+    model = read(name_or_path, dtype, device, revision, context)
     model.graphs = fast and torch.device(device).type == "cuda"
     return model
 

@@ -39,9 +39,9 @@ def quantize(module: nn.Module) -> None:
             quantize(child)
 
 @torch.no_grad()
-def load(name_or_path, dtype=None, device="cpu", revision=None) -> Llama:
+def load(name_or_path, dtype=None, device="cpu", revision=None, context=None) -> Llama:
     """As Llama.from_pretrained, then `quantize`; never more in memory than the result and one matrix in `dtype`."""
-    files = checkpoint.find(name_or_path, revision)
+    files = checkpoint.find(name_or_path, revision, context)
     config = LlamaConfig.from_dict(files.config)
     with torch.device("meta"):
         model = Llama(config)

@@ -201,10 +201,10 @@ class NativeLlama(nn.Module):
         self.lib.engine_threads(self.engine, c_int64(threads))
 
     @classmethod
-    def from_pretrained(cls, name_or_path, dtype=None, revision=None, quantized: bool = False) -> "NativeLlama":
+    def from_pretrained(cls, name_or_path, dtype=None, revision=None, quantized=False, context=None) -> "NativeLlama":
         """As Llama.from_pretrained, packed straight from the files; dtype None: the checkpoint's own 16 bits, or
         float32."""
-        files = checkpoint.find(name_or_path, revision)
+        files = checkpoint.find(name_or_path, revision, context)
         config = LlamaConfig.from_dict(files.config)
         with torch.device("meta"):
             parameters = dict(Llama(config).named_parameters())

@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from loading.config import DTYPES, read_config, to_json
+from loading.config import CONTEXT, DTYPES, read_config, to_json
 from loading.files import UserError, locate, read_json, write_json, write_tensors
 
 HEADS_INSIDE = "medusa_head."       # how the names begin of heads in the model's own file, as Medusa 1.0 writes them
 READ_AT_ONCE = 2 ** 23              # bytes that are read of a mapped file before it is opened anew
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 FLOATS = ("F64", "F32", "F16", "BF16", *TORCH_DTYPES.values())      # as safetensors names them, and torch
+INTEGERS = ("I64", "I32", "I16", "I8", "U8", torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+COMPLEX = ("C64", torch.complex64, torch.complex128)
 
 class Stored(NamedTuple):
     """Where a tensor is: nothing of it is read yet."""
@@ -33,6 +35,11 @@ class Checkpoint(NamedTuple):
     def check(self, parameters: dict) -> None:
         """UserError that names every missing, unexpected and wrongly shaped or typed tensor."""
         found = self.tensors
+        matrices = tuple(name.removesuffix("weight") for name, tensor in parameters.items() if tensor.dim() == 2)
+        for name, stored in found.items():          # else hundreds would be missing, and hundreds unexpected
+            if name.startswith(matrices) and stored.dtype not in FLOATS + COMPLEX:
+                raise UserError(f"{self.source}: the weights are quantised, {stored.name} holds {stored.dtype}: "
+                                "give the unquantised model")
         missing = [self.name_in_files(n) for n in parameters if n not in found]
         # inv_freq: rotary frequencies that old transformers stored; they are derived from the config
         unexpected = [s.name for n, s in found.items() if n not in parameters and not n.endswith("rotary_emb.inv_freq")]
@@ -41,8 +48,9 @@ class Checkpoint(NamedTuple):
         stored = [(found[n], tensor) for n, tensor in parameters.items() if n in found]
         problems += [f"{s.name} has shape {list(s.shape)}, expected {list(tensor.shape)}"
                      for s, tensor in stored if s.shape != tuple(tensor.shape)]
-        problems += [f"{s.name} holds {s.dtype}, expected {'floats' if tensor.is_floating_point() else 'integers'}"
-                     for s, tensor in stored if (s.dtype in FLOATS) != tensor.is_floating_point()]
+        for s, tensor in stored:
+            kind, fitting = ("floats", FLOATS) if tensor.is_floating_point() else ("integers", INTEGERS)
+            problems += [f"{s.name} holds {s.dtype}, expected {kind}"] if s.dtype not in fitting else []
         if problems:
             raise UserError(f"{self.source}: the tensors do not fit the config: {'; '.join(problems)}")
 
@@ -79,9 +87,10 @@ def default_dtype(stored: str, device) -> torch.dtype:
     """What a model is loaded in unless told: float32 on a CPU, else as it is stored."""
     return torch.float32 if torch.device(device).type == "cpu" else TORCH_DTYPES[stored]
 
-def find(name_or_path, revision=None) -> Checkpoint:
-    """The model in a folder or under a hub id. UserError: no such file, or one that can't be read."""
-    source, config = f"model {name_or_path}", read_config(name_or_path, revision)
+def find(name_or_path, revision=None, context: int | None = None) -> Checkpoint:
+    """The model in a folder or under a hub id; context: the longest text, if it is not to be the config's. UserError:
+    no such file, or one that can't be read."""
+    source, config = f"model {name_or_path}", read_config(name_or_path, revision) | {CONTEXT: context}
     tensors = {name.removeprefix("model."): stored
                for name, stored in open_tensors(weight_files(name_or_path, revision), source).items()
                if not name.startswith(HEADS_INSIDE)}
@@ -94,21 +103,29 @@ def find(name_or_path, revision=None) -> Checkpoint:
     return Checkpoint(source, config, tensors, full_name)
 
 def weight_files(name_or_path, revision=None) -> list[Path]:
-    """The weights of a model: safetensors, else PyTorch's pickles; one file, or the shards that an index names."""
-    for single, sharded in (("model.safetensors", "model.safetensors.index.json"),
-                            ("pytorch_model.bin", "pytorch_model.bin.index.json")):
-        if index := locate(name_or_path, sharded, revision, required=False):
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not {str}.issuperset(map(type, weight_map.values() or [None])):
-                raise UserError(f"{index}: weight_map must be an object of file names")
-            shards = sorted(set(weight_map.values()))
-            for name in shards:
-                if Path(name).name != name:
-                    raise UserError(f"{index} names the shard {name!r}: a shard must lie beside its index")
-            return [locate(name_or_path, name, revision) for name in shards]
+    """The weights of a model: safetensors, else PyTorch's pickles; one file, else the shards that an index names, as in
+    HF. An index that was left without any shard is passed over."""
+    absent = "model.safetensors"
+    for single in ("model.safetensors", "pytorch_model.bin"):
         if file := locate(name_or_path, single, revision, required=False):
             return [file]
-    return [locate(name_or_path, "model.safetensors", revision)]
+        if index := locate(name_or_path, f"{single}.index.json", revision, required=False):
+            shards = shards_of(index)
+            files = [locate(name_or_path, name, revision, required=False) for name in shards]
+            absent = next((name for name, file in zip(shards, files, strict=True) if not file), None)
+            if any(files):
+                return files if absent is None else [locate(name_or_path, absent, revision)]
+    return [locate(name_or_path, absent, revision)]
+
+def shards_of(index: Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not {str}.issuperset(map(type, weight_map.values() or [None])):
+        raise UserError(f"{index}: weight_map must be an object of file names")
+    shards = sorted(set(weight_map.values()))
+    for name in shards:
+        if Path(name).name != name:
+            raise UserError(f"{index} names the shard {name!r}: a shard must lie beside its index")
+    return shards
 
 def open_file(file: Path, source: str) -> dict:
     """A safetensors file, or a pickle of tensors and nothing else: name → something with a shape to take rows [a:b] of.

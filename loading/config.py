@@ -1,17 +1,27 @@
 """The dialects of config.json, and every check of it: what leaves here describes a Llama that can be built."""
+import math
 from loading.files import UserError, locate, read_json
 
 MOST, LONGEST = 2 ** 19, 2 ** 22    # a size, so that no product of three is too large for torch; a context
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+CONTEXT = "--context"   # the key of a requested context: no config.json has it
 ROPE_NUMBERS = {        # what each kind of rope scaling needs; "dynamic" changes nothing within the context
     "default": (), "dynamic": ("factor",), "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")}
 MISTRAL = {"sliding_window": 4096, "num_key_value_heads": 8, "intermediate_size": 14336,
            "max_position_embeddings": 4096 * 32}        # the defaults that differ from a Llama's
+IGNORED = {"llama": {"sliding_window": None}, "mistral": {"attention_bias": False, "mlp_bias": False}}      # by HF
 
 def read_config(name_or_path, revision=None) -> dict:
-    """`config.json`; a `generation_config.json` beside it overrides the end-of-text ids, as in HF's generate."""
-    data = read_json(locate(name_or_path, "config.json", revision))
+    """`config.json`; a `generation_config.json` beside it overrides the end-of-text ids, as in HF's generate. UserError:
+    it is that of a quantised model."""
+    path = locate(name_or_path, "config.json", revision)
+    data = read_json(path)
+    if quantised := data.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(f"{path}: the weights are quantised by {method or 'bitsandbytes'}, which is not supported: "
+                        "give the unquantised model")       # bitsandbytes' first versions named none
     if generation := locate(name_or_path, "generation_config.json", revision, required=False):
         data |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id"}
     return data
@@ -20,25 +30,27 @@ def one_dialect(data: dict) -> dict:
     """Old and new spellings → the field names of LlamaConfig, None where a value is missing."""
     def refuse(field, value, expected):
         raise UserError(f"config: {field} is {value!r}, only {expected} is supported")
-    if data.get("model_type", "llama") not in ("llama", "mistral"):
-        refuse("model_type", data["model_type"], "'llama' (or 'mistral')")
+    model_type = data.get("model_type", "llama")
+    if model_type not in tuple(IGNORED):
+        refuse("model_type", model_type, "'llama' (or 'mistral')")
     if data.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", data["hidden_act"], "'silu'")
     for field in ("rope_scaling", "rope_parameters"):
         if not isinstance(data.get(field) or {}, dict):
             refuse(field, data[field], "an object")
-    rope = {**(data.get("rope_scaling") or {}), **(data.get("rope_parameters") or {})}
+    field = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"       # of both, HF takes the old one
+    rope = data.get(field) or {}
     kind = rope.get("rope_type", rope.get("type")) or "default"
     if kind not in tuple(ROPE_NUMBERS):
-        refuse("rope_parameters" if data.get("rope_parameters") else "rope_scaling", kind,
-               " or ".join(map(repr, ROPE_NUMBERS)))
+        refuse(field, kind, " or ".join(map(repr, ROPE_NUMBERS)))
     data = {"dtype": data.get("torch_dtype"), **data}
     data["rope_theta"] = rope.get("rope_theta", data.get("rope_theta"))
-    data["rope_scaling"] = None if kind == "default" else {"rope_type": kind} | {
-        name: rope.get(name) for name in ROPE_NUMBERS[kind]}
+    key = "original_max_position_embeddings"
+    outside = {key: data[key]} if data.get(key) else {}             # HF looks there first
+    data["rope_scaling"] = None if kind == "default" else rope | outside | {"rope_type": kind}
     if kind == "dynamic" and rope.get("original_max_position_embeddings"):
         data["max_position_embeddings"] = rope["original_max_position_embeddings"]
-    return MISTRAL | data if data.get("model_type") == "mistral" else data
+    return (MISTRAL if model_type == "mistral" else {}) | data | IGNORED[model_type]
 
 def check_config(data: dict, defaults: dict) -> dict:
     """The contents of a config.json → the checked fields of LlamaConfig, whose `defaults` are given."""
@@ -52,8 +64,9 @@ def check_config(data: dict, defaults: dict) -> dict:
         c["eos_token_ids"] = ()
     if c["num_key_value_heads"] is None:
         c["num_key_value_heads"] = c["num_attention_heads"]
-    if c["sliding_window"]:
-        c["max_position_embeddings"] = min(c["max_position_embeddings"], c["sliding_window"])
+    if c["rope_scaling"]:
+        c["rope_scaling"] = rope_numbers(c["rope_scaling"], c["max_position_embeddings"], c["rope_theta"])
+    c["max_position_embeddings"] = context_of(c, data.get(CONTEXT))
     if c["head_dim"] is None:
         c["head_dim"], rest = divmod(c["hidden_size"], c["num_attention_heads"])
         if rest:
@@ -67,6 +80,49 @@ def check_config(data: dict, defaults: dict) -> dict:
     del c["eos_token_id"]
     return c
 
+def positive(value) -> bool:
+    return type(value) in (int, float) and 1e-18 < value < 1e18            # else float32 overflows somewhere
+
+def rope_numbers(rope: dict, longest: int, theta: float) -> dict:
+    """A kind of rope scaling with its numbers, completed as transformers completes them; longest: the published
+    max_position_embeddings. UserError: one can't be."""
+    defaults = {"original_max_position_embeddings": longest, "beta_fast": 32, "beta_slow": 1}
+    def number(name):
+        value = defaults.get(name) if rope.get(name) is None else rope[name]
+        if not positive(value):
+            raise UserError(f"config: rope_scaling has {name} {value!r}, it must be a positive number, below 1e18")
+        return value
+    kind = rope["rope_type"]
+    if kind != "yarn":
+        return {"rope_type": kind} | {name: number(name) for name in ROPE_NUMBERS[kind]}
+    truncate = rope.get("truncate", True)
+    if type(truncate) is not bool or theta == 1:
+        raise UserError(f"config: rope_scaling 'yarn' has truncate {truncate!r}, it must be true or false, and "
+                        f"rope_theta {theta}, it must not be 1")
+    defaults["factor"] = longest / number("original_max_position_embeddings")
+    both = rope.get("mscale") and rope.get("mscale_all_dim")
+    scales = (number("mscale"), number("mscale_all_dim")) if both else (1, 0)
+    sizes = [0.1 * scale * math.log(max(1, number("factor"))) + 1.0 for scale in scales]
+    defaults["attention_factor"] = sizes[0] / sizes[1]
+    return {"rope_type": kind, "truncate": truncate} | {name: number(name) for name in ROPE_NUMBERS[kind]}
+
+def stretch(rope: dict | None) -> float:
+    """How many times longer than published the context is that a linear rope scaling makes, as in vLLM."""
+    return max(1, rope["factor"]) if rope and rope["rope_type"] == "linear" else 1
+
+def context_of(c: dict, requested: int | None) -> int:
+    """The longest text in tokens: as requested, or the model's own. UserError: longer than can be."""
+    rope, published = c["rope_scaling"] or {"rope_type": "default"}, c["max_position_embeddings"]
+    limit = min(LONGEST, c["sliding_window"] or LONGEST, published if rope["rope_type"] == "dynamic" else LONGEST)
+    own = published * stretch(rope)
+    if rope["rope_type"] == "yarn":
+        own = rope["original_max_position_embeddings"] * rope["factor"]
+    context = requested or int(min(own, c["sliding_window"] or own))
+    if not 1 <= context <= limit:
+        raise UserError(f"config: the context is {context} tokens, this model can have 1 to {limit}: give such a "
+                        "--context")
+    return context
+
 def check_values(c: dict) -> None:
     """UserError that names the first field whose value can't be."""
     def must_be(expected, test, *names):
@@ -75,16 +131,11 @@ def check_values(c: dict) -> None:
                 raise UserError(f"config: {name} is {c[name]!r}, it must be {expected}")
     whole = lambda v, most=MOST: type(v) is int and 1 <= v <= most
     token = lambda v: type(v) is int and 0 <= v < c["vocab_size"]
-    positive = lambda v: type(v) in (int, float) and 1e-18 < v < 1e18      # else float32 overflows somewhere
     must_be(f"a whole number from 1 to {MOST}", whole, "vocab_size", "hidden_size", "intermediate_size",
             "num_hidden_layers", "num_attention_heads")
     must_be(f"a whole number from 1 to {LONGEST}", lambda v: whole(v, LONGEST), "max_position_embeddings")
     must_be(f"a whole number from 1 to {MOST}", lambda v: v is None or whole(v), "num_key_value_heads", "head_dim")
     must_be("a positive number, below 1e18", positive, "rms_norm_eps", "rope_theta")
-    rope = c["rope_scaling"] or {}
-    for name in ROPE_NUMBERS[rope.get("rope_type", "default")]:
-        if not positive(rope[name]):
-            raise UserError(f"config: rope_scaling has {name} {rope[name]!r}, it must be a positive number, below 1e18")
     must_be("a whole number of at least 1", lambda v: v is None or whole(v, float("inf")), "sliding_window")
     must_be("true or false", lambda v: type(v) is bool, "tie_word_embeddings", "attention_bias", "mlp_bias")
     must_be(f"one of {', '.join(DTYPES)}", lambda v: v in DTYPES, "dtype")
@@ -96,7 +147,10 @@ def to_json(fields: dict) -> dict:
     eos = fields["eos_token_ids"]
     fields = fields | {"eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None, "torch_dtype": fields["dtype"]}
     del fields["eos_token_ids"]
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **fields}
+    published = fields["max_position_embeddings"] / stretch(fields["rope_scaling"])
+    fields["max_position_embeddings"] = math.ceil(published - 1e-9)
+    name = "Mistral" if fields["sliding_window"] else "Llama"       # HF's Llama has no window
+    return {"architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), "hidden_act": "silu", **fields}
 
 def check_prompts(prompts: list, config) -> None:
     """UserError: an empty prompt, or one that leaves no room in the context."""

@@ -6,19 +6,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from loading.checkpoint import HEADS_INSIDE, Checkpoint, check_token_map, entire
-from loading.files import UserError, locate, read_json, replacing
+from loading.files import TOKENIZER, UserError, locate, read_json, replacing, tokenizer_files
 from loading.heads import find_heads
 from loading.vllm import vllm_config, vllm_name
 
 LAYOUTS = ("official", "official-1.0", "vllm")
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-             "added_tokens.json", "generation_config.json", "chat_template.jinja")
 
 def export(layout: str, folder, out, model, base: Checkpoint, parameters: dict, config) -> str:
     """Write the heads in `folder` to a new folder `out`, all or nothing, and say so. Of the base model in `model`: its
     files, its parameters by name (their shapes count) and its LlamaConfig. UserError: the layout can't hold them."""
-    taken = [p.name for p in Path(out).glob("*")
-             if p.name in ("config.json", *TOKENIZER) or p.suffix in (".safetensors", ".pt", ".bin")]
+    taken = {p.name for pattern in ("config.json", "*.safetensors", "*.pt", "*.bin", *TOKENIZER)
+             for p in Path(out).glob(pattern)}
     if taken:
         raise UserError(f"{out} holds {', '.join(sorted(taken))}, nothing is written over: give --out a new folder")
     heads = find_heads(folder, config)
@@ -37,7 +35,7 @@ def export(layout: str, folder, out, model, base: Checkpoint, parameters: dict, 
         tensors |= {base.name_in_files(name): t for name, t in entire(base.read(parameters)).items()}
         tied = {"tie_word_embeddings": config.tie_word_embeddings}
         described = read_json(locate(model, "config.json")) | tied | described
-        copied = {name: file for name in TOKENIZER if (file := locate(model, name, required=False))}
+        copied = tokenizer_files(model)
     write(out, "medusa_lm_head.pt" if layout == "official" else "model.safetensors", tensors, copied, described)
     return f"{out}: {heads.config['num_heads']} heads in the layout {layout}"
 

@@ -2,9 +2,17 @@
 import json
 import os
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from threading import Thread
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+POINTER = b"version https://git-lfs.github.com/spec/"     # so begin the files that git-lfs leaves in place of others
+PATIENCE = 5        # seconds that a hub has for its first answer
+# what transformers reads of a tokenizer, its chat templates and its way to end a text
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "tekken.json",
+             "tiktoken.model", "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json")
 
 class UserError(Exception):
     """Something the user can mend: the text says what was wrong and what to do. Scripts print it and exit with 2."""
@@ -17,11 +25,12 @@ def locate(name_or_path, filename: str, revision=None, required=True, repo_type=
     """The local path of one file of a model: a folder's, or downloaded from the hub (only the requested files)."""
     try:
         folder = Path(name_or_path).expanduser()
-        folder.exists()
-    except (RuntimeError, OSError, ValueError) as error:
+        if (folder / filename).is_file():
+            return readable(folder / filename)
+    except OSError as error:
+        raise UserError(f"can't read {str(name_or_path)[:80]}: {error.strerror}") from error
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"{str(name_or_path)[:80]} is not a folder: {error}") from error
-    if (folder / filename).is_file():
-        return folder / filename
     if folder.is_dir():
         if not required:
             return None
@@ -30,20 +39,66 @@ def locate(name_or_path, filename: str, revision=None, required=True, repo_type=
         raise UserError(f"{name_or_path} is not a folder: give a model folder or a hub id such as Maykeye/TinyLLama-v0")
     return download(str(name_or_path), filename, revision, required, repo_type)
 
+def readable(path: Path) -> Path:
+    """The path. UserError: it can't be read, or git-lfs has not fetched the file itself."""
+    try:
+        with open(path, "rb") as file:
+            is_pointer = file.read(len(POINTER)) == POINTER
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+    if is_pointer:
+        raise UserError(f"{path} is only a git-lfs pointer to the file: fetch that with `git lfs pull`, or download it")
+    return path
+
+@cache
+def unreachable(repo: str, repo_type: str = "model") -> str:
+    """Why the hub does not answer, or nothing. Asked once, since the library asks for a minute for each file; by a
+    thread, since a name that can't be resolved keeps it, too."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+    reason = [f"no answer within {PATIENCE} s"]
+    def ask():
+        try:
+            get_hf_file_metadata(hf_hub_url(repo, "config.json", repo_type=repo_type), timeout=PATIENCE)
+            reason[0] = ""
+        except errors.HfHubHTTPError as error:      # an answer: other files may be there
+            status = error.response.status_code
+            reason[0] = f"HTTP status {status}" if status == 429 or status >= 500 else ""
+        except Exception as error:
+            reason[0] = str(error).partition("\n")[0] or type(error).__name__
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return reason[0]
+
 def download(repo: str, filename: str, revision, required: bool, repo_type: str) -> Path | None:
     from huggingface_hub import errors, hf_hub_download
+    reason = unreachable(repo, repo_type)
     try:
-        return Path(hf_hub_download(repo, filename, revision=revision, repo_type=repo_type))
+        return readable(Path(hf_hub_download(repo, filename, revision=revision, repo_type=repo_type,
+                                             local_files_only=bool(reason))))
     except errors.EntryNotFoundError as error:
         if not required:
             return None                              # offline: the cache has what an earlier run needed
         if not isinstance(error, errors.LocalEntryNotFoundError):
             raise UserError(f"{repo} on the hub has no {filename}") from error
-        raise UserError(f"{repo}: the hub can't be reached and {filename} is not in its cache; "
+        reason = reason or str(error.__cause__ or error).partition("\n")[0]
+        raise UserError(f"{repo}: the hub can't be reached ({reason}) and {filename} is not in its cache; "
                         "give a local folder or try again with a network") from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:      # the network's are of many kinds
         reason = str(error).partition("\n")[0]
         raise UserError(f"{repo}: no such folder here, and the hub says: {reason}") from error
+
+def tokenizer_files(name_or_path) -> dict[str, Path]:
+    """All files of a model's tokenizer and chat templates that transformers reads: name → path."""
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download       # which takes what its cache has where the hub is away
+        offline = bool(unreachable(str(name_or_path)))
+        folder = Path(snapshot_download(str(name_or_path), allow_patterns=TOKENIZER, local_files_only=offline))
+    found = [path for pattern in TOKENIZER for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path for path in found}
 
 def read_json(path) -> dict:
     """A JSON object; UserError says which file is missing or damaged, and where."""

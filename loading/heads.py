@@ -38,8 +38,9 @@ def find_heads(name_or_path, model_config, revision=None) -> Checkpoint:
     return VllmHeads(source, options, found, vllm_name)
 
 def is_whole(config: dict) -> bool:
-    """Whether a config.json is that of a whole model: heads alone have no model_type, or medusa."""
-    return config.get("model_type") not in (None, "medusa")
+    """Whether a config.json is that of a whole model: heads alone have the model_type medusa, or none."""
+    guess = "llama" if "num_attention_heads" in config else "medusa"
+    return (config.get("model_type") or guess) != "medusa"
 
 def heads_inside(name_or_path, revision=None) -> bool:
     """Whether a model has heads among its own tensors, which its config may keep to itself."""
@@ -62,7 +63,7 @@ def share(found: dict, num_heads: int, num_layers: int, config: dict) -> None:
 
 def check_heads_config(config: dict, name_or_path, model_config) -> None:
     whole = lambda v: type(v) is int and 1 <= v <= MOST
-    counted = lambda v: whole(v) or v is None and "model_type" in config        # then the tensors' names tell
+    counted = lambda v: whole(v) or v is None and (is_whole(config) or "model_type" in config)  # the names tell
     spelled = lambda key: VLLM_KEYS[key] if VLLM_KEYS.get(key) in config and not is_whole(config) else key
     vocab_size = model_config.vocab_size
     for key, fits, expected in (

@@ -1,10 +1,13 @@
 """Logits and greedy text against transformers, float32, on checkpoints that transformers itself wrote."""
+import copy
+from dataclasses import asdict
+
 import pytest
 import torch
 from conftest import MODEL
 
-from llama import CacheView, Llama, LlamaConfig, new_cache
-from loading.config import check_prompts
+from llama import CacheView, Llama, LlamaConfig, new_cache, rotary_table
+from loading.config import check_prompts, to_json
 from loading.files import UserError, read_json, write_json
 from loading.tokenizer import Tokenizer
 from tinymedusa import PlainDecoder
@@ -28,6 +31,15 @@ CONFIGS = {
         "rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64}},
     "dynamic": TINY | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 2.0}},
+    # texts are longer than the original context
+    "yarn": TINY | {"head_dim": 32, "rope_parameters": {
+        "rope_theta": 10000.0, "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16}},
+    "yarn by mscale": TINY | {"head_dim": 16, "rope_parameters": {
+        "rope_theta": 500000.0, "rope_type": "yarn", "factor": 10.0, "original_max_position_embeddings": 32,
+        "mscale": 0.707, "mscale_all_dim": 1.4, "beta_fast": 8, "beta_slow": 2, "truncate": False}},
+    "yarn by its attention": TINY | {"rope_parameters": {
+        "rope_theta": 10000.0, "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 20,
+        "attention_factor": 1.5}},
     # the shapes of families, narrower: what their configs set is as published
     "TinyLlama-1.1B": TINY | {"hidden_size": 128, "num_attention_heads": 16, "num_key_value_heads": 2,
                               "rms_norm_eps": 1e-5, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
@@ -86,6 +98,85 @@ def test_the_old_spelling_of_rope_scaling(tmp_path):
     theta = rope.pop("rope_theta")
     write_json(tmp_path / "config.json", config | {"rope_theta": theta, "rope_scaling": rope})
     assert compare(twin, Llama.from_pretrained(tmp_path), torch.randint(3, 320, (2, 53))) <= 1e-4
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize("rope", [
+    YARN, {"type": "yarn", "factor": 10.0}, YARN | {"factor": None}, YARN | {"factor": 40, "beta_fast": 16},
+    YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}, YARN | {"mscale": 0.7}, YARN | {"mscale_all_dim": 1, "mscale": 0.0},
+    YARN | {"attention_factor": 1.7, "truncate": False}, YARN | {"original_max_position_embeddings": 4},
+    YARN | {"beta_fast": 1, "beta_slow": 8}, YARN | {"factor": 1.0}, YARN | {"beta_fast": None, "mscale": None},
+    {"type": "linear", "factor": 2.5}], ids=str)
+@pytest.mark.parametrize("beside", [
+    {}, {"original_max_position_embeddings": 512}, {"rope_theta": 5e5},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}], ids=str)
+def test_rotary_tables_are_those_of_transformers(rope, beside):
+    """Bit for bit, with what a file leaves out, in HF's order of the places where it is said."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    data = TINY | {"hidden_size": 256, "max_position_embeddings": 1024, "rope_scaling": rope} | beside
+    ours = LlamaConfig.from_dict(copy.deepcopy(data))
+    positions = torch.arange(min(ours.max_position_embeddings, 3000))
+    theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**copy.deepcopy(data)))(torch.zeros(1), positions[None])
+    half = ours.head_dim // 2
+    for table, expected in zip(rotary_table(ours), theirs, strict=True):
+        assert torch.equal(table[positions][:, half:], expected[0][:, half:])
+
+
+LINEAR = {"type": "linear", "factor": 4.0}
+LLAMA3 = CONFIGS["Llama-3.2"]["rope_parameters"]
+
+
+@pytest.mark.parametrize("data, context", [
+    ({"max_position_embeddings": 4096, "rope_scaling": LINEAR}, 16384),                     # vicuna-7b-v1.5-16k
+    ({"rope_scaling": LINEAR}, 8192), ({"rope_parameters": {"rope_type": "linear", "factor": 2.5}}, 5120),
+    ({"rope_scaling": LINEAR | {"factor": 0.5}}, 2048), ({"rope_scaling": LINEAR, "--context": 2048}, 2048),
+    ({"--context": 100}, 100), ({"--context": 9000}, 9000), ({"--context": None}, 2048),
+    ({"rope_scaling": YARN}, 1024), ({"rope_scaling": YARN, "max_position_embeddings": 1024}, 1024),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 8192), ({"rope_scaling": YARN, "--context": 4096}, 4096),
+    ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, 2048), ({"rope_parameters": LLAMA3}, 2048),
+    ({"model_type": "llama", "sliding_window": 16}, 2048), ({"sliding_window": "x", "use_sliding_window": True}, 2048),
+    ({"model_type": "mistral", "sliding_window": 16}, 16), ({"model_type": "mistral"}, 4096),
+    ({"model_type": "mistral", "sliding_window": None}, 131072),
+    ({"model_type": "mistral", "sliding_window": 16, "--context": 12}, 12),
+    ({"model_type": "mistral", "sliding_window": 9000, "max_position_embeddings": 4096, "rope_scaling": LINEAR}, 9000)])
+def test_the_context(data, context, tmp_path):
+    """What vLLM allows, but no more than can be computed; a model that is saved keeps it."""
+    config = LlamaConfig.from_dict(data)
+    assert config.max_position_embeddings == context
+    if data.get("--context") is None:
+        saved = to_json(asdict(config))
+        assert LlamaConfig.from_dict(saved) == config
+        published = data.get("max_position_embeddings", 2048)
+        assert "linear" not in str(data) or data.get("model_type") or saved["max_position_embeddings"] == published
+
+
+@pytest.mark.parametrize("data, limit", [
+    ({"model_type": "mistral", "sliding_window": 16, "--context": 17}, 16), ({"--context": 2 ** 22 + 1}, 2 ** 22),
+    ({"rope_scaling": {"type": "dynamic", "factor": 4.0}, "--context": 2049}, 2048),
+    ({"rope_scaling": LINEAR | {"factor": 1e9}}, 2 ** 22)])
+def test_a_context_that_cannot_be(data, limit):
+    with pytest.raises(UserError, match=f"tokens, this model can have 1 to {limit}: give such a --context"):
+        LlamaConfig.from_dict(data)
+
+
+def test_what_a_kind_of_model_ignores(tmp_path):
+    """A Llama attends to all, whatever its config says of a window; a Mistral has no biases."""
+    twin = hf_twin(tmp_path / "llama", **TINY | {"sliding_window": 16, "use_sliding_window": True})
+    assert read_json(tmp_path / "llama" / "config.json")["sliding_window"] == 16
+    ours = Llama.from_pretrained(tmp_path / "llama")
+    assert ours.config.max_position_embeddings == 256
+    assert compare(twin, ours, torch.randint(3, 320, (2, 53))) <= 1e-4
+    window = {"num_key_value_heads": 2, "sliding_window": 64, "attention_bias": True, "mlp_bias": True}
+    twin = transformers.MistralForCausalLM(transformers.MistralConfig(**TINY | window)).eval()
+    twin.save_pretrained(tmp_path / "mistral")
+    Llama.from_pretrained(tmp_path / "mistral").save(tmp_path / "ours")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert again.config.sliding_window == 64
+    with torch.no_grad():
+        ids = torch.randint(3, 320, (1, 100))
+        assert torch.equal(twin(ids).logits, again(ids).logits)
 
 
 def test_mistral_up_to_its_sliding_window(tmp_path):

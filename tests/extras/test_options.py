@@ -20,6 +20,7 @@ TRIED = {
     "--prompt": ["--prompt once", "--prompt dog --prompt cat"],
     "--prompts-file": ["--prompts-file {}/p.txt --temperature 0.9 --profile"],
     "--batch-size": ["--batch-size 2 --prompts-file {}/p.txt", "--batch-size 2"],
+    "--context": ["--context 40", "--context 0"],
     "--max-new-tokens": ["--max-new-tokens 2", "--max-new-tokens 1"],
     "--max-steps": ["--max-steps 2"],
     "--temperature": ["--temperature 0.9"],
@@ -51,7 +52,7 @@ TRIED = {
 }
 REFUSED = {
     "--heads {}/nowhere": "nowhere is not a folder", "--batch-size 2": "--batch-size needs --prompts-file (or --tune)",
-    "--samples 2": "add --temperature",
+    "--samples 2": "add --temperature", "--context 0": "--context: '0' is not a whole number from 1 to 4194304",
     "--seed 9223372036854775808": "--seed: '9223372036854775808' is not a whole number",
     "--device nowhere": "--device: 'nowhere' can't be used here", "--compile": "--compile is gone: give --fast",
     "--system S": "--system needs a chat model", "--tree {}/nowhere.json": "can't read the tree"}

@@ -360,7 +360,9 @@ CONFIGS = {
     "wide": {"hidden_size": 520, "intermediate_size": 1031, "num_hidden_layers": 1, "attention_bias": True},
     "theta": {"rope_theta": 500000.0, "rms_norm_eps": 1e-5}, "llama3": {"rope_scaling": LLAMA3},
     "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}}
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "yarn": {"head_dim": 32, "num_attention_heads": 2, "rope_scaling": {
+        "rope_type": "yarn", "factor": 20.0, "original_max_position_embeddings": 16, "attention_factor": 1.4}}}
 
 
 def model_of(name, dtype=torch.float32) -> Llama:

@@ -52,8 +52,11 @@ def text(name, content):
 
 
 def index(*shards):
-    return lambda folder: write_json(folder / "model.safetensors.index.json",
-                                     {"weight_map": {f"t{i}": s for i, s in enumerate(shards)}})
+    """An index in the place of the single file, which would come first."""
+    def damage(folder):
+        gone("model.safetensors")(folder)
+        write_json(folder / "model.safetensors.index.json", {"weight_map": {f"t{i}": s for i, s in enumerate(shards)}})
+    return damage
 
 
 def bigger_tokenizer(folder):
@@ -67,6 +70,9 @@ def no_bos(folder):
     write_json(folder / "tokenizer_config.json", {"add_bos_token": False})
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
 def edit(path, **change):
     write_json(path, read_json(path) | change)
 
@@ -78,11 +84,23 @@ def wrong_map(folder):
     save(folder / "medusa", tiny_heads(model, 3, token_map=torch.tensor([7, 7, 9])), model, "tiny")
 
 
-def float_map(folder):
-    """Heads whose draft vocabulary is in floats."""
-    model = tiny_llama(dtype=torch.float32, vocab_size=300)
-    save(folder / "medusa", tiny_heads(model, 3, token_map=torch.arange(9)), model, "tiny")
-    tensors(lambda t: t.update({"token_map": t["token_map"].float()}), "medusa/model.safetensors")(folder)
+def map_of(dtype):
+    """Heads whose draft vocabulary is no list of integers."""
+    def damage(folder):
+        model = tiny_llama(dtype=torch.float32, vocab_size=300)
+        save(folder / "medusa", tiny_heads(model, 3, token_map=torch.arange(9)), model, "tiny")
+        tensors(lambda t: t.update({"token_map": t["token_map"].to(dtype)}), "medusa/model.safetensors")(folder)
+    return damage
+
+
+def packed(dtype, name, others):
+    """Matrices as quantised files have them, whatever the config says; norms and embeddings stay."""
+    def change(found):
+        for weight in [n for n in found if n.endswith("_proj.weight")]:
+            module = weight.removesuffix("weight")
+            found |= {module + name: found.pop(weight).to(dtype)}
+            found |= {module + other: torch.ones(4).to(kind) for other, kind in others.items()}
+    return tensors(change)
 
 
 def twice(folder):
@@ -131,11 +149,56 @@ CASES = {
     "config a list": (text("config.json", b"[]"), [], ["holds a JSON list, expected an object"]),
     "not a llama": (config(model_type="qwen2"), [], ["model_type is 'qwen2', only 'llama' (or 'mistral')"]),
     "activation": (config(hidden_act="gelu"), [], ["hidden_act is 'gelu', only 'silu'"]),
-    "rope scaling": (config(rope_scaling={"type": "yarn", "factor": 2}), [], ["rope_scaling is 'yarn'"]),
+    "rope scaling": (config(rope_scaling={"type": "ntk", "factor": 2}), [], ["rope_scaling is 'ntk', only 'default'"]),
+    "yarn": (config(rope_scaling={"type": "yarn", "factor": 0}), [], ["rope_scaling has factor 0, it must be a pos"]),
+    "yarn's scale": (config(rope_scaling={"type": "yarn", "mscale": "x", "mscale_all_dim": 1}), [],
+                     ["rope_scaling has mscale 'x', it must be a positive number"]),
+    "yarn's attention": (config(rope_scaling={"type": "yarn", "attention_factor": 0}), [],
+                         ["rope_scaling has attention_factor 0"]),
+    "yarn's rounding": (config(rope_scaling={"type": "yarn", "truncate": 1}), [],
+                        ["rope_scaling 'yarn' has truncate 1, it must be true or false"]),
+    "yarn's logarithm": (config(rope_scaling={"type": "yarn"}, rope_theta=1), [], ["rope_theta 1, it must not be 1"]),
     "rope parameters": (config(rope_parameters={"rope_type": "longrope"}), [], ["rope_parameters is 'longrope', only"]),
     "rope factor": (config(rope_scaling={"type": "linear"}), [], ["rope_scaling has factor None, it must be"]),
     "rope of llama 3": (config(rope_scaling={"rope_type": "llama3", "factor": 8, "low_freq_factor": "x"}), [],
                         ["rope_scaling has low_freq_factor 'x'"]),
+    "context beyond the window": (config(model_type="mistral", sliding_window=16), ["--context", "17"],
+                                  ["config: the context is 17 tokens, this model can have 1 to 16"]),
+    "prompt beyond the context": (None, ["--context", "3", "--prompt", "x y z x y z"], ["the context holds 3: shor"]),
+    "context without end, stretched": (config(rope_scaling={"type": "linear", "factor": 1e6}), [],
+                                       ["config: the context is 64000000 tokens, this model can have 1 to 4194304"]),
+    **{f"quantised by {method}": (config(quantization_config=found), [], [
+        f"config.json: the weights are quantised by {method}, which is not supported: give the unquantised model"])
+       for method, found in {
+           "gptq": {"quant_method": "gptq", "bits": 4}, "awq": {"quant_method": "awq", "zero_point": True},
+           "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic"}, "bitsandbytes": {"load_in_8bit": True},
+           "mxfp4": {"quant_method": "mxfp4"}, "compressed-tensors": {"quant_method": "compressed-tensors"}}.items()},
+    **{f"quantised weights, {name}": (packed(*args), [], ["the weights are quantised, model.layers.", says,
+                                                          ": give the unquantised model"])
+       for name, says, *args in (
+           ("GPTQ", "qweight holds I32", torch.int32, "qweight", {"qzeros": torch.int32, "scales": torch.float16}),
+           ("bitsandbytes' 4 bits", "weight holds U8", torch.uint8, "weight", {"weight.absmax": torch.float32}),
+           ("bitsandbytes' 8 bits", "weight holds I8", torch.int8, "weight", {"SCB": torch.float32}),
+           ("FP8", "weight holds F8_E4M3", torch.float8_e4m3fn, "weight", {"weight_scale": torch.float32}),
+           ("MLX", "weight holds U32", torch.uint32, "weight", {"scales": torch.float16, "biases": torch.float16}),
+           ("compressed", "weight_packed holds I32", torch.int32, "weight_packed", {"weight_scale": torch.float16}))},
+    "complex weights": (tensors(lambda t: t.update({"lm_head.weight": t["lm_head.weight"].cfloat()})), [],
+                        ["lm_head.weight holds C64, expected floats"]),
+    "pickled complex weights": (as_pickle(lambda path: torch.save(load_file(path.parent / "model.safetensors") | {
+        "model.norm.weight": torch.ones(32, dtype=torch.complex128)}, path)), [],
+        ["model.norm.weight holds torch.complex128, expected floats"]),
+    "complex heads": (tensors(lambda t: t.update({"0.1.weight": t["0.1.weight"].cfloat()}), "medusa/model.safetensors"),
+                      [], ["0.1.weight holds C64, expected floats"]),
+    "ids that are complex": (map_of(torch.complex64), [], ["token_map holds C64, expected integers"]),
+    "ids that are bits": (map_of(torch.bool), [], ["token_map holds BOOL, expected integers"]),
+    "ids in 8-bit floats": (map_of(torch.float8_e5m2), [], ["token_map holds F8_E5M2, expected integers"]),
+    **{f"git-lfs: {file}": (text(file, POINTER), [], [f"/{file} is only a git-lfs pointer to the file: fetch that"])
+       for file in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors",
+                    "medusa/config.json", "medusa/model.safetensors", "medusa/tree.json")},
+    "git-lfs: a shard": (lambda f: (index("a.safetensors")(f), text("a.safetensors", POINTER)(f)), [],
+                         ["/a.safetensors is only a git-lfs pointer"]),
+    "git-lfs: a pickle": (lambda f: (gone("model.safetensors")(f), text("pytorch_model.bin", POINTER)(f)), [],
+                          ["/pytorch_model.bin is only a git-lfs pointer"]),
     "sliding window": (config(model_type="mistral", sliding_window=0), [], ["sliding_window is 0"]),
     "beyond the window": (config(model_type="mistral", sliding_window=4), ["--prompt", "x y z x y z"],
                           ["the context holds 4 (beyond it this model attends to a sliding window only"]),
@@ -198,7 +261,7 @@ CASES = {
                                   "medusa/model.safetensors"), [], ["tell 100000000 heads of 1 blocks, but"]),
     "number of a head": (tensors(lambda t: t.update({"9" * 5000 + ".0.linear.weight": torch.zeros(1)}),
                                  "medusa/model.safetensors"), [], ["unexpected: 999"]),
-    "ids of floats": (float_map, [], ["token_map holds F32, expected integers"]),
+    "ids of floats": (map_of(torch.float32), [], ["token_map holds F32, expected integers"]),
     "large tree": (lambda f: write_json(f / "medusa/tree.json", {"paths": [[r] for r in range(2049)]}), [],
                    ["tree: 2049 paths, at most 2048"]),
     "config of another model": (config(vocab_size=299), ["--heads", "none"], ["expected [299, 32]"]),
@@ -209,7 +272,8 @@ CASES = {
     "tie": (config(tie_word_embeddings="false"), [], ["tie_word_embeddings is 'false', it must be true or false"]),
     "bos": (config(bos_token_id=300), [], ["bos_token_id is 300, it must be a token id"]),
     "eos": (text("generation_config.json", b'{"eos_token_id": [2, "3"]}'), [], ["eos_token_id is (2, '3')"]),
-    "index": (text("model.safetensors.index.json", b'{"weight_map": [1]}'), [], ["weight_map must be an object"]),
+    "index": (lambda f: (gone("model.safetensors")(f), text("model.safetensors.index.json", b'{"weight_map": [1]}')(f)),
+              [], ["weight_map must be an object"]),
     "heads' width": (lambda f: edit(f / "medusa/config.json", medusa_width=-1), [], ["medusa_width -1"]),
     "heads' kind": (lambda f: edit(f / "medusa/config.json", medusa_kind="eagle"), [],
                     ["medusa_kind 'eagle', expected one of medusa, root, hydra"]),
@@ -276,6 +340,23 @@ def test_generate(case, tiny_folder, cli):
     assert status == 2 and out == "" and err.count("\n") == 1 and err.startswith("generate.py: "), err
     assert len(err) < 1000
     assert all(s in err for s in says), err
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json",
+                                  "medusa/config.json", "medusa/model.safetensors"])
+def test_a_file_that_may_not_be_read(file, tiny_folder, cli, monkeypatch):
+    """The system's reason, not that the file is missing or damaged."""
+    (tiny_folder / file).chmod(0)
+    if os.access(tiny_folder / file, os.R_OK):                  # by root: then the system's answer is made up
+        real = open
+
+        def denied(path, *args, **options):
+            if Path(path) == tiny_folder / file:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *args, **options)
+        monkeypatch.setattr("builtins.open", denied)
+    status, out, err = cli("generate", "--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 3)
+    assert (status, out, err) == (2, "", f"generate.py: can't read {tiny_folder / file}: Permission denied\n")
 
 
 @pytest.mark.parametrize("path", [".", "..", "/", ""])
@@ -471,7 +552,8 @@ def test_the_hub_code(monkeypatch, tmp_path):
     from huggingface_hub import errors
     calls = []
 
-    def download(repo, filename, revision=None, repo_type="model"):
+    def download(repo, filename, revision=None, repo_type="model", local_files_only=False):
+        assert not local_files_only
         calls.append((repo, filename, revision) if repo_type == "model" else (repo, filename, revision, repo_type))
         if filename == "model.safetensors.index.json":
             raise errors.EntryNotFoundError("404")
@@ -479,8 +561,10 @@ def test_the_hub_code(monkeypatch, tmp_path):
             raise errors.LocalEntryNotFoundError("offline")
         return str(tmp_path / filename)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: None)
+    (tmp_path / "model.safetensors").touch()
     assert checkpoint.weight_files("some/model", "v1") == [tmp_path / "model.safetensors"]
-    assert calls == [("some/model", "model.safetensors.index.json", "v1"), ("some/model", "model.safetensors", "v1")]
+    assert calls == [("some/model", "model.safetensors", "v1")]
     assert files.locate("some/model", "tokenizer.json", required=False) is None        # offline, optional
     with pytest.raises(UserError, match="the hub can't be reached"):
         files.locate("some/model", "tokenizer.json")

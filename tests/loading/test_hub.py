@@ -1,15 +1,20 @@
 """Folders laid out as the published checkpoints are: every tensor lands, and the text is that of our own format."""
+import http.server
 import json
 import pickle
 import shutil
+import threading
+import time
+from argparse import Namespace
 
 import pytest
 import torch
 from conftest import ROOT, tiny_heads, tiny_llama
 from safetensors.torch import load_file, save_file
 
+from extras.training import save_results
 from llama import Llama
-from loading import checkpoint
+from loading import checkpoint, files
 from loading.files import UserError, read_json, write_json
 from loading.heads import base_of
 from loading.templates import question
@@ -216,13 +221,182 @@ def hub(tmp_path, monkeypatch):
     from huggingface_hub import errors
     fetched = []
 
-    def download(repo, filename, revision=None, repo_type="model"):
+    def download(repo, filename, revision=None, repo_type="model", local_files_only=False):
+        assert not local_files_only
         if not (path := tmp_path / "hub" / repo / filename).is_file():
             raise errors.EntryNotFoundError(f"404 {filename}")
         fetched.append((repo, filename))
         return str(path)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url, timeout: None)
     return tmp_path / "hub", fetched
+
+
+# ----------------------------------------------------------------------------------------------- which files are read
+
+SOURCES = {"model.safetensors": 1.0, "model.safetensors.index.json": 2.0, "pytorch_model.bin": 3.0,
+           "pytorch_model.bin.index.json": 4.0}
+
+
+def one_of_several(folder, sources, model) -> None:
+    """Each source has its number as the last norm."""
+    model.save(folder)
+    tensors = hf_tensors(folder)
+    (folder / "model.safetensors").unlink()
+    for name in sources:
+        part = tensors | {"model.norm.weight": torch.full((32,), SOURCES[name])}
+        file = name.replace(".index.json", "").replace("model.", "model-00001-of-00001.") if "index" in name else name
+        save = (lambda t, path: save_file(t, path, {"format": "pt"})) if "safetensors" in name else torch.save
+        save(part, folder / file)
+        if "index" in name:
+            write_json(folder / name, {"metadata": {}, "weight_map": dict.fromkeys(part, file)})
+
+
+@pytest.mark.parametrize("number", range(1, 16))
+def test_the_order_of_weight_files_is_transformers(number, tmp_path):
+    """Every choice of the four that may lie beside each other."""
+    transformers = pytest.importorskip("transformers")
+    sources = [name for i, name in enumerate(SOURCES) if number >> i & 1]
+    one_of_several(tmp_path, sources, model_of(vocab_size=12))
+    found = Llama.from_pretrained(tmp_path).norm.weight[0].item()
+    assert found == min(SOURCES[name] for name in sources)
+    assert found == transformers.LlamaForCausalLM.from_pretrained(tmp_path).model.norm.weight[0].item()
+
+
+@pytest.mark.parametrize("left, rest", [
+    ("model.safetensors.index.json", "model.safetensors"), ("model.safetensors.index.json", "pytorch_model.bin"),
+    ("model.safetensors.index.json", "pytorch_model.bin.index.json"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin")])
+def test_an_index_that_was_left_without_its_shards(left, rest, tmp_path):
+    one_of_several(tmp_path, [left, rest], model_of(vocab_size=12))
+    shard, = set(read_json(tmp_path / left)["weight_map"].values())
+    (tmp_path / shard).unlink()
+    assert Llama.from_pretrained(tmp_path).norm.weight[0] == SOURCES[rest]
+    for file in checkpoint.weight_files(tmp_path):
+        file.unlink()
+    with pytest.raises(UserError, match="has no .*00001.*: give a folder in Hugging Face layout"):
+        Llama.from_pretrained(tmp_path)
+
+
+TEXT_FILES = ["tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "generation_config.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt",
+              "additional_chat_templates/tools.jinja", "tokenizer.json"]
+
+
+@pytest.mark.parametrize("only", [TEXT_FILES, ["tokenizer.model", "chat_template.jinja"], []], ids=len)
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_a_model_made_of_another_gets_all_its_files_of_text(only, where, hub, tmp_path, monkeypatch, cli):
+    """--medusa-2 and --export official-1.0 copy what transformers reads, and nothing else."""
+    base = hub[0] / "some" / "base"
+    model = model_of()
+    model.save(base)
+    for name in [*only, "README.md", "onnx/tokenizer.json"]:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("{}" if name.endswith(".json") else f"all of {name}")
+    name = "some/base" if where == "hub" else str(base)
+    snapshot = lambda repo, allow_patterns, local_files_only: hub[0] / repo
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    heads = tiny_heads(model, 2)
+    save_results(Namespace(out=tmp_path / "medusa-2", medusa_2=True, model=name), model, heads)
+    save(tmp_path / "heads", heads, model, "tiny")
+    status, _, err = cli("train_heads", "--export", "official-1.0", tmp_path / "heads", "--model", name, "--out",
+                         tmp_path / "export")
+    assert status == 0, err
+    for folder, more in (("medusa-2", {"medusa/config.json", "medusa/model.safetensors"}), ("export", set())):
+        found = {path.relative_to(tmp_path / folder).as_posix(): path for path in (tmp_path / folder).rglob("*")
+                 if path.is_file()}
+        assert found.keys() == {*only, "config.json", "model.safetensors"} | more
+        assert all(found[name].read_bytes() == (base / name).read_bytes() for name in only)
+
+
+def test_heads_in_a_whole_model_without_a_model_type(tmp_path, cli):
+    """The tensors' names tell, where the config says nothing of heads nor of a kind of model."""
+    model = small_repository(tmp_path)
+    heads = tiny_heads(model, 3)
+    as_bin(tmp_path, shards=2, extra=official(heads, prefix="medusa_head."))
+    config = read_json(tmp_path / "config.json")
+    del config["model_type"]
+    write_json(tmp_path / "config.json", config)
+    result, err = text(cli, "--model", tmp_path)
+    assert result["tree"].startswith("16 nodes") and err == ""
+    assert same(load_heads(tmp_path, model).state_dict(), heads.state_dict())
+
+
+# ------------------------------------------------------------------------------------------------------ on the network
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """network(status): a hub on this machine that answers all with it, None: nobody listens, 0: never an answer."""
+    from huggingface_hub import constants
+    servers = []
+
+    def start(status):
+        class Answer(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                asked.append(self.path)
+                if status == 0:
+                    time.sleep(0.7)
+                self.send_response(status or 500)
+                self.end_headers()
+
+            def log_message(self, *args):
+                pass
+        asked, server = [], http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        if status is None:
+            server.server_close()
+        else:
+            servers.append(server)
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        return asked
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    files.unreachable.cache_clear()
+    yield start
+    files.unreachable.cache_clear()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("status, says", [
+    (None, "Connection refused"), (0, "no answer within 0.4 s"), (503, "HTTP status 503"), (429, "HTTP status 429")])
+def test_a_hub_that_does_not_answer(status, says, network, cli, monkeypatch):
+    """One line, soon, and none of the library's; what its cache has is used."""
+    monkeypatch.setattr(files, "PATIENCE", 0.4)
+    asked, begin = network(status), time.perf_counter()
+    code, out, err = cli("generate", "--model", "some/model")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert "generate.py: some/model: the hub can't be reached (" in err and says in err
+    assert "and config.json is not in its cache; give a local folder or try again" in err
+    assert time.perf_counter() - begin < 3 and len(asked) <= 1
+    assert files.locate("some/model", "tokenizer.json", required=False) is None and len(asked) <= 1
+
+
+def test_a_hub_that_can_not_even_be_looked_for(network, monkeypatch):
+    """Where a name is looked up in vain, no time limit of the library's holds."""
+    network(None)
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, timeout: time.sleep(1))
+    with pytest.raises(UserError, match="the hub can't be reached .no answer within 0.1 s. and config.json is not"):
+        files.locate("some/model", "config.json")
+
+
+def test_a_hub_without_an_answer_gives_what_its_cache_has(network, tmp_path):
+    network(None)
+    snapshot = tmp_path / "cache" / "models--some--model" / "snapshots" / ("a" * 40)
+    small_repository(snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
+    assert Llama.from_pretrained("some/model").config.vocab_size == 700
+    assert files.tokenizer_files("some/model") == {"tokenizer.model": snapshot / "tokenizer.model"}
+
+
+def test_a_hub_that_says_no(network):
+    network(401)
+    with pytest.raises(UserError, match="the hub .*401"):
+        files.locate("some/model", "config.json")
 
 
 def test_the_systems_of_the_original_by_their_hub_ids(hub, cli, tmp_path):
@@ -276,6 +450,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, capsys):
         with pytest.raises(UserError, match="can't read .*pytorch_model.bin"):
             Llama.from_pretrained(tmp_path)
     assert "must never run" not in capsys.readouterr().out
+    (tmp_path / "pytorch_model.bin").unlink()
     write_json(tmp_path / "pytorch_model.bin.index.json", {"weight_map": {"a": "../evil.bin"}})
     with pytest.raises(UserError, match="a shard must lie beside its index"):
         Llama.from_pretrained(tmp_path)
