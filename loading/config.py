@@ -14,8 +14,8 @@ MISTRAL = {"sliding_window": 4096, "num_key_value_heads": 8, "intermediate_size"
 IGNORED = {"llama": {"sliding_window": None}, "mistral": {"attention_bias": False, "mlp_bias": False}}      # by HF
 
 def read_config(name_or_path, revision=None) -> dict:
-    """`config.json`; a `generation_config.json` beside it overrides the end-of-text ids, as in HF's generate. UserError:
-    it is that of a quantised model."""
+    """`config.json`; a `generation_config.json` beside it overrides the end-of-text ids, as in HF's generate.
+    UserError: it is that of a quantised model."""
     path = locate(name_or_path, "config.json", revision)
     data = read_json(path)
     if quantised := data.get("quantization_config"):
@@ -95,16 +95,15 @@ def rope_numbers(rope: dict, longest: int, theta: float) -> dict:
     kind = rope["rope_type"]
     if kind != "yarn":
         return {"rope_type": kind} | {name: number(name) for name in ROPE_NUMBERS[kind]}
-    truncate = rope.get("truncate", True)
-    if type(truncate) is not bool or theta == 1:
-        raise UserError(f"config: rope_scaling 'yarn' has truncate {truncate!r}, it must be true or false, and "
-                        f"rope_theta {theta}, it must not be 1")
+    if theta == 1:
+        raise UserError("config: rope_theta is 1, which rope_scaling 'yarn' can't stretch: it must be another number")
     defaults["factor"] = longest / number("original_max_position_embeddings")
     both = rope.get("mscale") and rope.get("mscale_all_dim")
     scales = (number("mscale"), number("mscale_all_dim")) if both else (1, 0)
     sizes = [0.1 * scale * math.log(max(1, number("factor"))) + 1.0 for scale in scales]
     defaults["attention_factor"] = sizes[0] / sizes[1]
-    return {"rope_type": kind, "truncate": truncate} | {name: number(name) for name in ROPE_NUMBERS[kind]}
+    return {"rope_type": kind, "truncate": bool(rope.get("truncate", True))} | {
+        name: number(name) for name in ROPE_NUMBERS[kind]}
 
 def stretch(rope: dict | None) -> float:
     """How many times longer than published the context is that a linear rope scaling makes, as in vLLM."""

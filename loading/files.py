@@ -52,43 +52,42 @@ def readable(path: Path) -> Path:
 
 @cache
 def unreachable(repo: str, repo_type: str = "model") -> str:
-    """Why the hub does not answer, or nothing. Asked once, since the library asks for a minute for each file; by a
-    thread, since a name that can't be resolved keeps it, too."""
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+    """Why the hub does not answer, or nothing. Asked once, since the library retries each file for a minute; in a
+    thread, since to look up a name can take as long."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
     reason = [f"no answer within {PATIENCE} s"]
     def ask():
         try:
             get_hf_file_metadata(hf_hub_url(repo, "config.json", repo_type=repo_type), timeout=PATIENCE)
             reason[0] = ""
-        except errors.HfHubHTTPError as error:      # an answer: other files may be there
-            status = error.response.status_code
-            reason[0] = f"HTTP status {status}" if status == 429 or status >= 500 else ""
         except Exception as error:
-            reason[0] = str(error).partition("\n")[0] or type(error).__name__
+            response = getattr(error, "response", None)
+            refused = response is not None and response.status_code < 500 and response.status_code != 429
+            reason[0] = "" if refused else first_line(error)        # a refusal is an answer
     thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PATIENCE)
     return reason[0]
 
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
 def download(repo: str, filename: str, revision, required: bool, repo_type: str) -> Path | None:
     from huggingface_hub import errors, hf_hub_download
     reason = unreachable(repo, repo_type)
     try:
-        return readable(Path(hf_hub_download(repo, filename, revision=revision, repo_type=repo_type,
-                                             local_files_only=bool(reason))))
+        path = hf_hub_download(repo, filename, revision=revision, repo_type=repo_type, local_files_only=bool(reason))
     except errors.EntryNotFoundError as error:
         if not required:
             return None                              # offline: the cache has what an earlier run needed
         if not isinstance(error, errors.LocalEntryNotFoundError):
             raise UserError(f"{repo} on the hub has no {filename}") from error
-        reason = reason or str(error.__cause__ or error).partition("\n")[0]
+        reason = reason or first_line(error.__cause__ or error)
         raise UserError(f"{repo}: the hub can't be reached ({reason}) and {filename} is not in its cache; "
                         "give a local folder or try again with a network") from error
-    except UserError:
-        raise
     except Exception as error:      # the network's are of many kinds
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{repo}: no such folder here, and the hub says: {reason}") from error
+        raise UserError(f"{repo}: no such folder here, and the hub says: {first_line(error)}") from error
+    return readable(Path(path))
 
 def tokenizer_files(name_or_path) -> dict[str, Path]:
     """All files of a model's tokenizer and chat templates that transformers reads: name → path."""

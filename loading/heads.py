@@ -15,22 +15,23 @@ def find_heads(name_or_path, model_config, revision=None) -> Checkpoint:
     names, and their tensors by the official names; none is read yet. UserError: the config disagrees, or the model is
     of another shape."""
     config = read_json(locate(name_or_path, "config.json", revision))
-    config = official_config(config, model_config.vocab_size) if config.get("model_type") == "medusa" else config
+    config = config if is_whole(config) else official_config(config, model_config.vocab_size)
     check_heads_config(config, name_or_path, model_config)
-    source = f"heads {name_or_path}"
-    found = open_tensors(head_files(name_or_path, config, revision), source)
+    source, files = f"heads {name_or_path}", head_files(name_or_path, config, revision)
+    found = open_tensors(files, source)
+    official = is_whole(config) or files[0].stem == "medusa_lm_head"
     if is_whole(config):                                    # the base model's tensors are in the same files
         found = {n: stored for n, stored in found.items() if n.startswith(HEADS_INSIDE)}
     found = {n.removeprefix(HEADS_INSIDE).removeprefix("medusa_heads."): stored for n, stored in found.items()}
     of_vllm = any(map(VLLM_BLOCK.match, found))
     found = official_names(found, config) if of_vllm else found
-    num_heads, num_layers, tied = count_heads(found, config, source)
+    num_heads, num_layers, tied = count_heads(found, config, source, official)
     options = {
         "num_heads": num_heads, "num_layers": num_layers, "tie_lm_head": tied, "width": config.get("medusa_width"),
         "kind": config.get("medusa_kind") or "medusa", "recent": config.get("medusa_recent") or 1,
         "trunk": config.get("medusa_trunk"),
         "draft_size": config.get("draft_vocab_size")}
-    share(found, num_heads, num_layers, config)
+    share(found, num_heads, num_layers, config, official)
     if not of_vllm:
         return Checkpoint(source, options, found)
     if not (config.get("medusa_fc_bias") or any(name.endswith(".bias") for name in found)):
@@ -49,13 +50,13 @@ def heads_inside(name_or_path, revision=None) -> bool:
     names = open_tensors(weight_files(name_or_path, revision), f"model {name_or_path}")
     return any(name.startswith(HEADS_INSIDE) for name in names)
 
-def share(found: dict, num_heads: int, num_layers: int, config: dict) -> None:
+def share(found: dict, num_heads: int, num_layers: int, config: dict, official: bool) -> None:
     """Give to all what is stored once: vLLM's shared matrix; the official code's blocks of a head, which are one
     module, so that safetensors keep one of them."""
     if config.get("original_lm_head") and (matrix := found.get(f"0.{num_layers}.weight")):
         found |= {f"{k}.{num_layers}.weight": matrix for k in range(num_heads)}
     blocks = {name: stored for name, stored in found.items() if ".linear." in name}
-    if is_whole(config) and len(blocks) == 2 * num_heads:       # a weight and a bias for each head
+    if official and len(blocks) == 2 * num_heads:               # a weight and a bias for each head
         for name, stored in blocks.items():
             k, _, rest = name.split(".", 2)
             for j in range(num_layers):
@@ -91,7 +92,7 @@ def head_files(name_or_path, config: dict, revision=None) -> list[Path]:
             return [file]
     return weight_files(name_or_path, revision)
 
-def count_heads(found: dict, config: dict, source: str) -> tuple[int, int, bool]:
+def count_heads(found: dict, config: dict, source: str, official: bool) -> tuple[int, int, bool]:
     """The number of heads and of blocks by the tensors' names, and whether there is no vocabulary matrix. Published
     configs name fewer heads than their files hold: all are used, and a line on stderr says so."""
     numbers_in = lambda name: [tuple(map(int, m.groups())) for m in map(re.compile(name).fullmatch, found) if m]
@@ -101,7 +102,7 @@ def count_heads(found: dict, config: dict, source: str) -> tuple[int, int, bool]
                         "0.0.linear.weight")
     num_heads, num_layers = (1 + max(column) for column in zip(*numbers, strict=True))
     matrices, most = numbers_in(r"0\.(\d{1,9})\.weight"), len(found)
-    if is_whole(config) and matrices and len(numbers) == num_heads:     # one block of each head is stored: see `share`
+    if official and matrices and len(numbers) == num_heads:     # one block of each head is stored: see `share`
         (num_layers,), most = max(matrices), 64 * num_heads
     if num_heads * num_layers > most:
         raise UserError(f"{source}: the tensors' names tell {num_heads} heads of {num_layers} blocks, but there are "

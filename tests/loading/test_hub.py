@@ -361,7 +361,8 @@ def network(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("status, says", [
-    (None, "Connection refused"), (0, "no answer within 0.4 s"), (503, "HTTP status 503"), (429, "HTTP status 429")])
+    (None, "Connection refused"), (0, "no answer within 0.4 s"), (503, "503 Service Unavailable"),
+    (429, "429 Too Many Requests")])
 def test_a_hub_that_does_not_answer(status, says, network, cli, monkeypatch):
     """One line, soon, and none of the library's; what its cache has is used."""
     monkeypatch.setattr(files, "PATIENCE", 0.4)

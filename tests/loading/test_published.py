@@ -193,7 +193,8 @@ def test_what_vllm_ignores_or_leaves_open(tmp_path, model, hidden, capsys):
     tensors["token_map"] = torch.arange(VOCABULARY)
     tensors = {f"medusa_heads.{name}" if "blocks" in name else name: t for name, t in tensors.items()}
     for change in ({}, {"truncated_vocab_size": None}, {"num_heads": None, "num_hidden_layers": None},
-                   {"num_heads": None, "medusa_num_heads": HEADS}, {"medusa_fc_bias": None}, {"num_heads": 2}):
+                   {"num_heads": None, "medusa_num_heads": HEADS}, {"medusa_fc_bias": None}, {"model_type": None},
+                   {"num_heads": 2}):
         put(tmp_path / "v", config | change, tensors)
         heads = load_heads(tmp_path / "v", model)
         assert torch.equal(drafted(heads, hidden), expected) and heads.draft_size == VOCABULARY
@@ -262,6 +263,17 @@ def test_blocks_that_are_one_module_and_stored_once(layers, kept, config, tiny_f
     state = {n: t for n, t in theirs.state_dict().items() if ".linear." not in n or f".{kept}.linear." in n}
     with_heads_inside(tiny_folder, state, **config)
     heads = load_heads(tiny_folder, Llama.from_pretrained(tiny_folder))
+    assert same(heads.state_dict(), theirs.state_dict())
+    assert torch.equal(drafted(heads, hidden), torch.stack([head(hidden) for head in theirs], 1))
+
+
+def test_official_heads_whose_block_is_stored_once(tmp_path, model, hidden):
+    """Beside a config, too; each head may have kept another name of its block."""
+    theirs = official_heads(HEADS, 3)
+    state = {n: t for n, t in theirs.state_dict().items() if ".linear." not in n or n[0] == n[2]}
+    write_json(tmp_path / "config.json", {"medusa_num_heads": HEADS, "medusa_num_layers": 3})
+    save_file(state, tmp_path / "medusa_lm_head.safetensors")
+    heads = load_heads(tmp_path, model)
     assert same(heads.state_dict(), theirs.state_dict())
     assert torch.equal(drafted(heads, hidden), torch.stack([head(hidden) for head in theirs], 1))
 
