@@ -264,9 +264,8 @@ class Llama(nn.Module):
     @torch.no_grad()
     def from_pretrained(cls, name_or_path, dtype=None, device="cpu", revision=None, context=None) -> "Llama":
         """Load a local folder or a hub id in HF's layout: config.json and safetensors (or .bin) files. dtype None:
-        float32 on a CPU, else the checkpoint's; context: the longest text, where it is not to be the config's. Never
-        more in memory than the model and a few rows. UserError: a file is missing or damaged, is not a Llama's, or a
-        tensor has another name, shape or type."""
+        float32 on a CPU, else the checkpoint's; context None: the config's. Never more in memory than the model and a
+        few rows. UserError: a file is missing, damaged or not a Llama's, or a tensor has another name, shape, type."""
         files = checkpoint.find(name_or_path, revision, context)
         config = LlamaConfig.from_dict(files.config)
         with torch.device("meta"):                  # shapes only: no memory, no random initialisation

@@ -88,8 +88,7 @@ def default_dtype(stored: str, device) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "cpu" else TORCH_DTYPES[stored]
 
 def find(name_or_path, revision=None, context: int | None = None) -> Checkpoint:
-    """The model in a folder or under a hub id; context: the longest text, if it is not to be the config's. UserError:
-    no such file, or one that can't be read."""
+    """The model in a folder or under a hub id; context: overrules the config's. UserError: a file can't be read."""
     source, config = f"model {name_or_path}", read_config(name_or_path, revision) | {CONTEXT: context}
     tensors = {name.removeprefix("model."): stored
                for name, stored in open_tensors(weight_files(name_or_path, revision), source).items()
@@ -105,17 +104,15 @@ def find(name_or_path, revision=None, context: int | None = None) -> Checkpoint:
 def weight_files(name_or_path, revision=None) -> list[Path]:
     """The weights of a model: safetensors, else PyTorch's pickles; one file, else the shards that an index names, as in
     HF. An index that was left without any shard is passed over."""
-    absent = "model.safetensors"
+    names = ["model.safetensors"]
     for single in ("model.safetensors", "pytorch_model.bin"):
         if file := locate(name_or_path, single, revision, required=False):
             return [file]
         if index := locate(name_or_path, f"{single}.index.json", revision, required=False):
-            shards = shards_of(index)
-            files = [locate(name_or_path, name, revision, required=False) for name in shards]
-            absent = next((name for name, file in zip(shards, files, strict=True) if not file), None)
-            if any(files):
-                return files if absent is None else [locate(name_or_path, absent, revision)]
-    return [locate(name_or_path, absent, revision)]
+            names = shards_of(index)
+            if any(locate(name_or_path, name, revision, required=False) for name in names):
+                break
+    return [locate(name_or_path, name, revision) for name in names]
 
 def shards_of(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")

@@ -45,8 +45,7 @@ def one_dialect(data: dict) -> dict:
         refuse(field, kind, " or ".join(map(repr, ROPE_NUMBERS)))
     data = {"dtype": data.get("torch_dtype"), **data}
     data["rope_theta"] = rope.get("rope_theta", data.get("rope_theta"))
-    key = "original_max_position_embeddings"
-    outside = {key: data[key]} if data.get(key) else {}             # HF looks there first
+    outside = {k: v for k, v in data.items() if k == "original_max_position_embeddings" and v}      # HF prefers it
     data["rope_scaling"] = None if kind == "default" else rope | outside | {"rope_type": kind}
     if kind == "dynamic" and rope.get("original_max_position_embeddings"):
         data["max_position_embeddings"] = rope["original_max_position_embeddings"]
@@ -92,34 +91,31 @@ def rope_numbers(rope: dict, longest: int, theta: float) -> dict:
         if not positive(value):
             raise UserError(f"config: rope_scaling has {name} {value!r}, it must be a positive number, below 1e18")
         return value
-    kind = rope["rope_type"]
-    if kind != "yarn":
-        return {"rope_type": kind} | {name: number(name) for name in ROPE_NUMBERS[kind]}
-    if theta == 1:
-        raise UserError("config: rope_theta is 1, which rope_scaling 'yarn' can't stretch: it must be another number")
-    defaults["factor"] = longest / number("original_max_position_embeddings")
-    both = rope.get("mscale") and rope.get("mscale_all_dim")
-    scales = (number("mscale"), number("mscale_all_dim")) if both else (1, 0)
-    sizes = [0.1 * scale * math.log(max(1, number("factor"))) + 1.0 for scale in scales]
-    defaults["attention_factor"] = sizes[0] / sizes[1]
-    return {"rope_type": kind, "truncate": bool(rope.get("truncate", True))} | {
-        name: number(name) for name in ROPE_NUMBERS[kind]}
+    found = {"rope_type": rope["rope_type"]}
+    if found["rope_type"] == "yarn":
+        if theta == 1:
+            raise UserError("config: rope_theta is 1, which yarn can't stretch: it must be another number")
+        found["truncate"] = bool(rope.get("truncate", True))
+        defaults["factor"] = longest / number("original_max_position_embeddings")
+        both = rope.get("mscale") and rope.get("mscale_all_dim")
+        scales = (number("mscale"), number("mscale_all_dim")) if both else (1, 0)
+        sizes = [0.1 * scale * math.log(max(1, number("factor"))) + 1.0 for scale in scales]
+        defaults["attention_factor"] = sizes[0] / sizes[1]
+    return found | {name: number(name) for name in ROPE_NUMBERS[found["rope_type"]]}
 
 def stretch(rope: dict | None) -> float:
-    """How many times longer than published the context is that a linear rope scaling makes, as in vLLM."""
+    """How many times the published context a linear rope scaling allows, as in vLLM."""
     return max(1, rope["factor"]) if rope and rope["rope_type"] == "linear" else 1
 
 def context_of(c: dict, requested: int | None) -> int:
     """The longest text in tokens: as requested, or the model's own. UserError: longer than can be."""
-    rope, published = c["rope_scaling"] or {"rope_type": "default"}, c["max_position_embeddings"]
-    limit = min(LONGEST, c["sliding_window"] or LONGEST, published if rope["rope_type"] == "dynamic" else LONGEST)
-    own = published * stretch(rope)
-    if rope["rope_type"] == "yarn":
-        own = rope["original_max_position_embeddings"] * rope["factor"]
-    context = requested or int(min(own, c["sliding_window"] or own))
+    rope, longest, window = c["rope_scaling"] or {}, c["max_position_embeddings"], c["sliding_window"] or LONGEST
+    limit = min(window, LONGEST, longest if rope.get("rope_type") == "dynamic" else LONGEST)
+    if rope.get("rope_type") == "yarn":
+        longest = rope["original_max_position_embeddings"] * rope["factor"]
+    context = requested or int(min(longest * stretch(rope), c["sliding_window"] or 1e99))
     if not 1 <= context <= limit:
-        raise UserError(f"config: the context is {context} tokens, this model can have 1 to {limit}: give such a "
-                        "--context")
+        raise UserError(f"config: the context is {context}, this model can have 1 to {limit} tokens: give a --context")
     return context
 
 def check_values(c: dict) -> None:

@@ -58,12 +58,11 @@ def unreachable(repo: str, repo_type: str = "model") -> str:
     reason = [f"no answer within {PATIENCE} s"]
     def ask():
         try:
-            get_hf_file_metadata(hf_hub_url(repo, "config.json", repo_type=repo_type), timeout=PATIENCE)
+            get_hf_file_metadata(hf_hub_url(repo, "config.json", repo_type=repo_type), timeout=2 * PATIENCE)
             reason[0] = ""
         except Exception as error:
-            response = getattr(error, "response", None)
-            refused = response is not None and response.status_code < 500 and response.status_code != 429
-            reason[0] = "" if refused else first_line(error)        # a refusal is an answer
+            status = getattr(getattr(error, "response", None), "status_code", 500)
+            reason[0] = first_line(error) if status >= 500 or status == 429 else ""     # "no such file" is an answer
     thread = Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PATIENCE)

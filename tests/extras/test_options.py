@@ -20,7 +20,7 @@ TRIED = {
     "--prompt": ["--prompt once", "--prompt dog --prompt cat"],
     "--prompts-file": ["--prompts-file {}/p.txt --temperature 0.9 --profile"],
     "--batch-size": ["--batch-size 2 --prompts-file {}/p.txt", "--batch-size 2"],
-    "--context": ["--context 40", "--context 0"],
+    "--context": ["--context 60", "--context 0"],
     "--max-new-tokens": ["--max-new-tokens 2", "--max-new-tokens 1"],
     "--max-steps": ["--max-steps 2"],
     "--temperature": ["--temperature 0.9"],

@@ -161,10 +161,10 @@ CASES = {
     "rope of llama 3": (config(rope_scaling={"rope_type": "llama3", "factor": 8, "low_freq_factor": "x"}), [],
                         ["rope_scaling has low_freq_factor 'x'"]),
     "context beyond the window": (config(model_type="mistral", sliding_window=16), ["--context", "17"],
-                                  ["config: the context is 17 tokens, this model can have 1 to 16"]),
+                                  ["config: the context is 17, this model can have 1 to 16 tokens"]),
     "prompt beyond the context": (None, ["--context", "3", "--prompt", "x y z x y z"], ["the context holds 3: shor"]),
     "context without end, stretched": (config(rope_scaling={"type": "linear", "factor": 1e6}), [],
-                                       ["config: the context is 64000000 tokens, this model can have 1 to 4194304"]),
+                                       ["config: the context is 64000000, this model can have 1 to 4194304 tokens"]),
     **{f"quantised by {method}": (config(quantization_config=found), [], [
         f"config.json: the weights are quantised by {method}, which is not supported: give the unquantised model"])
        for method, found in {

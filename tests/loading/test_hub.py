@@ -335,7 +335,7 @@ def network(tmp_path, monkeypatch):
             def do_HEAD(self):
                 asked.append(self.path)
                 if status == 0:
-                    time.sleep(0.7)
+                    time.sleep(0.4)
                 self.send_response(status or 500)
                 self.end_headers()
 
@@ -360,18 +360,19 @@ def network(tmp_path, monkeypatch):
         server.server_close()
 
 
-@pytest.mark.parametrize("status, says", [
-    (None, "Connection refused"), (0, "no answer within 0.4 s"), (503, "503 Service Unavailable"),
-    (429, "429 Too Many Requests")])
-def test_a_hub_that_does_not_answer(status, says, network, cli, monkeypatch):
-    """One line, soon, and none of the library's; what its cache has is used."""
-    monkeypatch.setattr(files, "PATIENCE", 0.4)
-    asked, begin = network(status), time.perf_counter()
+@pytest.mark.parametrize("status, says, patience", [
+    (None, "Connection refused", 60), (0, "no answer within 0.3 s", 0.3), (503, "503 Service Unavailable", 60),
+    (429, "429 Too Many Requests", 60)])
+def test_a_hub_that_does_not_answer(status, says, patience, network, cli, monkeypatch):
+    """One line, and none of the library's; asked once, by no file twice."""
+    assert files.PATIENCE <= 5                                  # and not ten for each file
+    monkeypatch.setattr(files, "PATIENCE", patience)
+    asked = network(status)
     code, out, err = cli("generate", "--model", "some/model")
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert "generate.py: some/model: the hub can't be reached (" in err and says in err
     assert "and config.json is not in its cache; give a local folder or try again" in err
-    assert time.perf_counter() - begin < 3 and len(asked) <= 1
+    assert len(asked) <= 1
     assert files.locate("some/model", "tokenizer.json", required=False) is None and len(asked) <= 1
 
 
@@ -394,7 +395,8 @@ def test_a_hub_without_an_answer_gives_what_its_cache_has(network, tmp_path):
     assert files.tokenizer_files("some/model") == {"tokenizer.model": snapshot / "tokenizer.model"}
 
 
-def test_a_hub_that_says_no(network):
+def test_a_hub_that_says_no(network, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 60)
     network(401)
     with pytest.raises(UserError, match="the hub .*401"):
         files.locate("some/model", "config.json")
