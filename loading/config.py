@@ -19,9 +19,10 @@ def read_config(name_or_path, revision=None) -> dict:
     path = locate(name_or_path, "config.json", revision)
     data = read_json(path)
     if quantised := data.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise UserError(f"{path}: the weights are quantised by {method or 'bitsandbytes'}, which is not supported: "
-                        "give the unquantised model")       # bitsandbytes' first versions named none
+        named = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        method = named or "bitsandbytes"                    # whose first versions named none
+        raise UserError(f"{path}: the weights are quantised by {method}, which is not supported: give the unquantised "
+                        "model")
     if generation := locate(name_or_path, "generation_config.json", revision, required=False):
         data |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id"}
     return data

@@ -162,3 +162,20 @@ def test_the_embedded_model_and_both_sets_of_heads_are_small():
 def test_the_report_names_the_tree(tiny_folder, cli):
     out = cli("generate", "--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 5)[1]
     assert "tree: 16 nodes, mc_sim_7b_63, published" in out
+
+
+@pytest.mark.parametrize("engine", [[], ["--quantize", "int8"], ["--fast"], ["--fast", "--quantize", "int8"]], ids=str)
+def test_context_overrules_the_configs(engine, tiny_folder, cli):
+    """Shorter or longer than the 64 that the config says; the tokens that fit are the same."""
+    write_json(tiny_folder / "generation_config.json", {"eos_token_id": None})
+    found = {}
+    for context in (24, None, 120):
+        option = [] if context is None else ["--context", context]
+        status, out, err = cli("generate", "--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 500,
+                               "--threads", 1, "--json", *option, *engine)
+        assert status == 0, err
+        result = json.loads(out)
+        found[context] = result["token_ids"]
+        assert result["prompt_tokens"] + len(result["token_ids"]) == (context or 64)
+    for context in (24, None):
+        assert found[120][:len(found[context])] == found[context]

@@ -188,7 +188,9 @@ fields = {name: small | junk for name in LlamaConfig.__dataclass_fields__} | {
     "attention_bias": st.booleans(), "mlp_bias": st.booleans(), "tie_word_embeddings": st.booleans() | junk,
     "rope_scaling": junk | st.fixed_dictionaries(
         {"rope_type": st.sampled_from(list(ROPE_NUMBERS)) | junk},
-        optional={number: st.floats(0.5, 8) | junk for number in ROPE_NUMBERS["llama3"]}),
+        optional={number: st.floats(0.5, 8) | junk for number in (
+            *ROPE_NUMBERS["llama3"], "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim",
+            "truncate")}),
     "rope_parameters": junk, "hidden_act": st.just("silu") | junk, "torch_dtype": junk,
     "eos_token_id": st.lists(small) | small | junk}
 SMALL = {"vocab_size": 12, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
