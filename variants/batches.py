@@ -26,7 +26,7 @@ def generate(decoder: Decoder, prompts: list, max_new_tokens: int, seeds=None, b
              is_over=lambda i, new: False):
     """Yield, for the prefill and then for each step, {a prompt's index: its new ids} of the prompts in the batch, of
     batch_size rows (default: all). Prompt i draws from seeds[i] (default i), so its tokens are the same as alone.
-    is_over(i, its new ids): the caller's word, before they are yielded, that a text ends; it may shorten them."""
+    is_over(i, its new ids): the caller's word, before they are yielded, that its text ends; it may shorten them."""
     seeds, waiting = seeds or range(len(prompts)), deque(range(len(prompts)))
     rows = [waiting.popleft() for _ in range(min(batch_size or len(prompts), len(prompts)))]    # row → prompt
     some = [max(prompts, key=len)] * len(rows)

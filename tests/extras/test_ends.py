@@ -145,16 +145,19 @@ def test_stopped_texts_are_the_same_of_every_decoder(engine, run, folder, tmp_pa
     assert mid_step > 2
 
 
-def test_why_a_text_ended(run, folder, tmp_path, cli):
+def test_why_a_text_ended(run, folder, tmp_path, monkeypatch):
     """An end-of-text token, the limit, the context, --max-steps; plain and by heads, in torch and C++, in batches."""
+    monkeypatch.setattr("extras.compare.REPEATS", 1)
     (tmp_path / "p.txt").write_text("the dog\n")
     for engine in ([], ["--fast"]):
         for heads in ("none", folder / "medusa"):
             one = lambda *more, e=engine, h=heads: run("--prompt", "the dog", "--heads", h, *e, *more)[0]
             drawn = ["--temperature", 1.5, "--max-new-tokens", 300]
-            found = next(r for seed in range(40) if (r := one(*drawn, "--seed", seed))["finish_reason"] == "eos")
+            texts = ((seed, one(*drawn, "--seed", seed)) for seed in range(40))
+            seed, found = next((seed, text) for seed, text in texts if text["finish_reason"] == "eos")
             assert found["token_ids"].index(2) == found["new_tokens"] - 1
-            on = one(*drawn, "--seed", seed_of(found, one, drawn), "--ignore-eos")
+            on = one(*drawn, "--seed", seed, "--ignore-eos", "--compare")
+            assert on["identical"] and on["baseline"]["finish_reason"] == "context"
             assert on["token_ids"][:found["new_tokens"]] == found["token_ids"] and on["finish_reason"] == "context"
             assert on["prompt_tokens"] + on["new_tokens"] == 64 and consistent(on)
             assert on["text"].startswith(found["text"])
@@ -165,10 +168,6 @@ def test_why_a_text_ended(run, folder, tmp_path, cli):
             assert batch["finish_reason"] == "context" and batch["new_tokens"] == on["new_tokens"]
             compared = one("--compare", "--max-new-tokens", 5)
             assert compared["finish_reason"] == compared["baseline"]["finish_reason"] == "length"
-
-
-def seed_of(result, one, drawn) -> int:
-    return next(seed for seed in range(40) if one(*drawn, "--seed", seed)["token_ids"] == result["token_ids"])
 
 
 def test_the_terminal_says_why(folder, tmp_path, cli, monkeypatch):

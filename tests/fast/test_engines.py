@@ -156,7 +156,7 @@ TRIED = {
     "--top-k": ["--top-k 5 --temperature 2"],
     "--top-p": ["--top-p 0.5 --temperature 2", "--top-p 0.9 --top-k 20 --temperature 2"],
     "--min-p": ["--min-p 0.3 --temperature 2", "--min-p 0.02 --top-p 0.9 --top-k 40 --temperature 2"],
-    "--repetition-penalty": ["--repetition-penalty 1.5", "--repetition-penalty 1.3 --temperature 0.9"],
+    "--repetition-penalty": ["--repetition-penalty 1.5 --compare", "--repetition-penalty 1.3 --temperature 0.9"],
     "--seed": ["--seed 7 --temperature 2", "--seed 9223372036854775807 --temperature 2"],
     "--samples": ["--samples 3 --temperature 2", "--samples 2 --prompts-file {}/p.txt --temperature 1 --batch-size 4"],
     "--tune": ["--tune {}/o.txt --tree {}/tuned.json", "--tune {}/o.txt --tree {}/tuned.json --batch-size 2"],
