@@ -177,8 +177,12 @@ def test_conversations_answered_anew_in_the_models_template(rewrites, templated,
     assert found[3 if rewrites else 1:-1] == expected and found[-1] == [(first, False), ("w20", True)]
 
 
-def test_openings_of_messages(templated, tmp_path, tiny_folder, cli):
-    """The model answers them in its template; a text in the same file it continues, special tokens' names as text."""
+def test_openings_of_messages(templated, tmp_path, tiny_folder, cli, monkeypatch):
+    """The model answers them in its template, to the end of a turn; a text of the file it goes on with, special tokens'
+    names as text."""
+    ends, generate = [], batches.generate
+    monkeypatch.setattr(batches, "generate", lambda decoder, *more: (
+        ends.append(decoder.eos.tolist()), generate(decoder, *more))[1])
     tokenizer = templated(CHATML)
     lines = [{"messages": messages("ab")[:1]}, {"prompt": "the <|user|> dog"}]
     (tmp_path / "o.JSONL").write_text("\n".join(map(json.dumps, lines)))
@@ -188,6 +192,7 @@ def test_openings_of_messages(templated, tmp_path, tiny_folder, cli):
     assert status == 0 and pieces(first, tokenizer)[0] == ("<|user|>a<|end|>\n<|assistant|>", False)
     start = pieces(second, tokenizer)[0]
     assert start == ("<s>the <|user|> dog", False) and 301 in first.ids and 301 not in second.ids
+    assert ends == [[2, 300]]
 
 
 def test_the_originals_own_set(tiny_folder, tmp_path, cli):
