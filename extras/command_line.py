@@ -3,6 +3,7 @@ import argparse
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from threading import Timer
 import torch
@@ -99,7 +100,8 @@ def command_line(main) -> None:
         sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in (sys.stdout, sys.stderr))  # where closed
         sys.stdin = sys.stdin or open(os.devnull)
         for file in filter(lambda file: hasattr(file, "reconfigure"), (sys.stdin, sys.stdout)):
-            file.reconfigure(errors="replace")      # a terminal without é, half a character: no reason to stop
+            with suppress(OSError):                 # what has been read from can't be changed
+                file.reconfigure(errors="replace")  # a terminal without é, half a character: no reason to stop
         main()
         sys.stdout.flush()
     except BaseException as error:

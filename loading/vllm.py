@@ -9,8 +9,10 @@ VLLM_BLOCK = re.compile(r"blocks\.(\d{1,9})\.layers\.(\d{1,9})\.")
 
 def official_config(config: dict, vocab_size: int) -> dict:
     """With vLLM's keys by the names of ours; without a draft vocabulary that is the whole one."""
-    config = {ours: config[theirs] for ours, theirs in VLLM_KEYS.items() if theirs in config} | config
-    return {key: v for key, v in config.items() if (key, v) != ("draft_vocab_size", vocab_size)}
+    named = {ours: config[theirs] for ours, theirs in VLLM_KEYS.items() if theirs in config}
+    if named.get("draft_vocab_size") == vocab_size:
+        del named["draft_vocab_size"]
+    return named | config
 
 def official_names(found: dict, config: dict) -> dict:
     """vLLM's names → the official ones. A matrix that all heads share (original_lm_head) becomes the first head's."""

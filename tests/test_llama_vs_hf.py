@@ -111,6 +111,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}, YARN | {"mscale": 0.7}, YARN | {"mscale_all_dim": 1, "mscale": 0.0},
     YARN | {"attention_factor": 1.7, "truncate": False}, YARN | {"original_max_position_embeddings": 4},
     YARN | {"beta_fast": 1, "beta_slow": 8}, YARN | {"factor": 1.0}, YARN | {"beta_fast": None, "mscale": None},
+    YARN | {"rope_theta": 20.0}, YARN | {"rope_theta": 4.0}, YARN | {"rope_theta": 0.5},    # ramps to beyond the end
     {"type": "linear", "factor": 2.5}], ids=str)
 @pytest.mark.parametrize("beside", [
     {}, {"original_max_position_embeddings": 512}, {"rope_theta": 5e5},

@@ -205,10 +205,11 @@ GOOD = {"paths": [[0]], "modes": {"cpu": {"paths": [[0]]}}}
 def test_a_file_that_a_tree_cannot_be_added_to_is_refused_before_the_work(damaged, tiny_folder, tmp_path, cli,
                                                                           monkeypatch):
     monkeypatch.setattr("extras.tune.own_texts", lambda *a: pytest.fail("the work was begun"))
-    file = tmp_path / "t.json"
+    file, openings = tmp_path / "t.json", tmp_path / "o.txt"
+    openings.write_text("dog\ncat\n")
     for text in (json.dumps(damaged), json.dumps(damaged)[:-1] + "\xff"):
         file.write_text(text, encoding="latin-1")
-        status, out, err = cli("generate", "--model", tiny_folder, "--tune", "o.txt", "--tree", file)
+        status, out, err = cli("generate", "--model", tiny_folder, "--tune", openings, "--tree", file)
         assert status == 2 and not out and err.count("\n") == 1 and str(file) in err, err
         assert file.read_text(encoding="latin-1") == text
 

@@ -282,8 +282,8 @@ CASES = {
                          ["draft_vocab_size 301, expected at most the vocabulary"]),
     "no id map": (lambda f: edit(f / "medusa/config.json", draft_vocab_size=9), [], ["missing: token_map"]),
     "id map": (wrong_map, [], ["token_map must hold different ids below 300"]),
-    "tune without heads": (None, ["--heads", "none", "--tune", "x.txt"], ["--tune needs heads"]),
-    "tune typically": (None, ["--tune", "x.txt", "--acceptance", "typical"], ["--tune forecasts acceptance by match"]),
+    "tune without heads": (None, ["--heads", "none", "--tune", "{folder}/o.txt"], ["--tune needs heads"]),
+    "tune typically": (None, ["--tune", "{folder}/o.txt", "--acceptance", "typical"], ["--tune forecasts acceptance by match"]),
     "epsilon": (None, ["--epsilon", "0"], ["--epsilon: '0' is not a number from 1e-09 to 1"]),
     "nothing to tune on": (None, ["--tune", "no.txt"], ["can't read no.txt"]),
     "no heads' weights": (gone("medusa/model.safetensors"), [], ["has no model.safetensors"]),
@@ -332,6 +332,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_generate(case, tiny_folder, cli):
     damage, args, says = CASES[case]
+    (tiny_folder / "o.txt").write_text("the dog")
     if damage:
         damage(tiny_folder)
     args = [a.replace("{folder}", str(tiny_folder)) for a in args]
@@ -472,6 +473,7 @@ def test_prepare_data(args, says, tiny_folder, tmp_path, cli, monkeypatch):
     Path("latin.txt").write_bytes(b"caf\xe9")
     Path("empty.txt").write_bytes(b"\n\n")
     Path("fine.txt").write_bytes(b"the dog")
+    Path("fine.json").write_text('[{"conversations": []}]')
     Path("long.txt").write_bytes(b"the dog\n" + b"x" * 70)
     status, out, err = cli("prepare_data", "--model", tiny_folder, *args)
     line = err.splitlines()[-1]                                                  # above it a progress bar may stand
@@ -595,7 +597,7 @@ def test_the_hub_code(monkeypatch, tmp_path):
         files.locate("nowhere", "config.json")
     args = prepare_data.arguments(["--tinystories", "--split", "validation", "--out", "a.bin"])
     (tmp_path / "TinyStoriesV2-GPT4-valid.txt").write_text("A dog.\n<|endoftext|>\nA cat.\n")
-    assert list(prepare_data.source_items(args)) == ["A dog.", "A cat."]
+    assert list(prepare_data.source_items(args, None, [], None)) == ["A dog.", "A cat."]
     assert calls[-1] == ("roneneldan/TinyStories", "TinyStoriesV2-GPT4-valid.txt", None, "dataset")
 
 

@@ -17,7 +17,7 @@ from llama import Llama
 from loading import checkpoint, files
 from loading.files import UserError, read_json, write_json
 from loading.heads import base_of
-from loading.templates import question
+from loading.templates import Vicuna
 from loading.tokenizer import Tokenizer
 from tinymedusa import MedusaHeads
 from variants.heads import load_heads, save
@@ -103,8 +103,8 @@ def test_tiny_vicuna(tmp_path, cli):
     torch.save({"rubbish": torch.zeros(1)}, folder / "pytorch_model.bin")          # safetensors are preferred
     assert same(parameters(Llama.from_pretrained(folder)), parameters(model))
     result, _ = text(cli, "--model", folder)
-    asked = question(0, "Once upon a time")
-    assert result["prompt_tokens"] == len(Tokenizer(folder, model.config).encode(asked))
+    asked = Vicuna(Tokenizer(folder, model.config), chat=True).prompt("Once upon a time")
+    assert result["prompt_tokens"] == len(asked)
 
 
 def test_vicuna_7b(tmp_path):
