@@ -25,6 +25,7 @@ from extras.command_line import ArgumentParser, command_line, row_seed, set_thre
 from extras.compare import compared
 from extras.explain import explaining
 from extras.options import check_generate_options, generate_options
+from extras.page import page_of, recording
 from extras.report import figures, print_batch, printer, report, traced
 from extras.tune import tune
 from fast import engines
@@ -32,7 +33,7 @@ from llama import Llama
 from loading.checkpoint import TORCH_DTYPES
 from loading.config import check_prompts
 from loading.documents import prompts_of
-from loading.files import UserError, locate
+from loading.files import UserError, locate, write_atomic
 from loading.heads import base_of, heads_inside
 from loading.templates import SYSTEM, question, template_of
 from loading.tokenizer import Tokenizer
@@ -97,6 +98,8 @@ def run(decoder: Decoder, tokenizer: Tokenizer, ids: list, args, seed: int, emit
     decoder.run = stages if args.profile else call
     if args.explain:
         decoder.run, emit = explaining(tokenizer, ids), lambda text, head: None
+    if args.html:
+        recorded, emit = recording(decoder, emit)
     most = args.explain or args.max_steps
     steps = islice(decoder.generate([ids], args.max_new_tokens, [seed]), most and most + 1)     # the prefill first
     new, seconds, text, accepted = [], 0.0, "", Counter()
@@ -113,7 +116,8 @@ def run(decoder: Decoder, tokenizer: Tokenizer, ids: list, args, seed: int, emit
                 break
             accepted[len(tokens) - 1] += len(new) > 0
             new += tokens
-    return {"text": text, "token_ids": new, **figures(len(new), 1, accepted, seconds, stages)}
+    return {"text": text, "token_ids": new, **figures(len(new), 1, accepted, seconds, stages),
+            **({"recorded": recorded} if args.html else {})}
 
 def many(decoder: Decoder, tokenizer: Tokenizer, prompts: list, encoded: list, args):
     """--batch-size prompts at once. Yields what `one_prompt` gives, in the prompts' order, each as soon as it and all
@@ -182,8 +186,11 @@ def main():
     for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         result = one_prompt(decoder, tokenizer, prompt, ids, row_seed(args.seed, index), args)
         result |= about | sample_number(index, args)
+        page = page_of(result, decoder.tree, tokenizer, ids, args) if args.html else None
         shown = f"\ntree: {result['tree']}" if args.explain else "\n\n" + report(result, heads, args)
         print(json.dumps(result) if args.json else shown, flush=True)
+        if page:
+            write_atomic(args.html, lambda p: p.write_text(page, encoding="utf-8"))
 
 if __name__ == "__main__":
     command_line(main)

@@ -15,7 +15,8 @@ APART = {       # options of generate.py → those that make no sense beside the
     "--prompts-file": "--prompt --interactive --compare --trace --max-steps --show-accepted",
     "--tune": "--prompt --interactive --prompts-file --compare --profile --trace --max-steps --show-accepted",
     "--explain": "--json --interactive --prompts-file --compare --tune --profile --trace --max-steps",
-    "--fast": "--explain --trace"}          # which show torch's own step
+    "--html": "--interactive --prompts-file --tune --explain",
+    "--fast": "--explain --html --trace"}   # which show torch's own step
 
 def text_argument(text: str) -> str:
     try:
@@ -56,6 +57,7 @@ def generate_options(parser: ArgumentParser) -> None:
     flag("--compare", "decode plainly too: same tokens? what speed-up?")
     flag("--profile", "time each stage")
     add("--explain", type=number(int, 1), metavar="N", help="tell the first N steps: tree, samples, path, cache")
+    add("--html", type=Path, metavar="FILE", help="write a page about the text: each step's tree, mask, cache and time")
     add("--trace", type=Path, metavar="FILE", help="write a trace of the (last) generation, for ui.perfetto.dev")
     flag("--show-accepted", "on a terminal: the colour of a token tells which head guessed it (none: the model itself)")
     flag("--interactive", "a conversation; !!help lists its commands")
@@ -76,6 +78,8 @@ def check_generate_options(args) -> None:
         raise UserError("--batch-size needs --prompts-file (or --tune)")
     if args.samples > 1 and (args.interactive or args.tune or args.temperature == 0):
         raise UserError("--samples are texts for --prompt or --prompts-file that differ: add --temperature")
+    if args.html and (args.samples > 1 or len(args.prompt or ()) > 1):
+        raise UserError("--html shows one text: give one --prompt, and no --samples")
 
 def prepare_options(parser: ArgumentParser) -> None:
     add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument

@@ -41,6 +41,7 @@ TRIED = {
     "--compare": ["--compare"],
     "--profile": ["--profile"],
     "--explain": ["--explain 2", "--explain 2 --temperature 0.9"],
+    "--html": ["--html {}/page.html"],
     "--trace": ["--trace {}/trace.json"],
     "--show-accepted": ["--show-accepted"],
     "--interactive": ["--interactive", "--interactive --temperature 0.9 --template vicuna --profile"],
@@ -55,7 +56,7 @@ REFUSED = {
     "--seed 9223372036854775808": "--seed: '9223372036854775808' is not a whole number",
     "--device nowhere": "--device: 'nowhere' can't be used here", "--compile": "--compile is gone: give --fast",
     "--system S": "--system needs a chat model", "--tree {}/nowhere.json": "can't read the tree"}
-FAST_REFUSED = dict.fromkeys(TRIED["--explain"] + TRIED["--trace"], "--fast does not go with --")
+FAST_REFUSED = dict.fromkeys(TRIED["--explain"] + TRIED["--html"] + TRIED["--trace"], "--fast does not go with --")
 PLAIN_REFUSED = {
     **dict.fromkeys(TRIED["--tree"] + TRIED["--tune"], "needs heads: give --heads FOLDER"),
     **dict.fromkeys(TRIED["--explain"], "--explain shows trees, and this is plain decoding: give --heads")}
