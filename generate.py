@@ -33,7 +33,7 @@ from llama import Llama
 from loading.checkpoint import TORCH_DTYPES
 from loading.config import check_prompts
 from loading.documents import prompts_of
-from loading.files import UserError, locate, write_atomic
+from loading.files import UserError, locate, write_text
 from loading.heads import base_of, heads_inside
 from loading.templates import SYSTEM, question, template_of
 from loading.tokenizer import Tokenizer
@@ -190,7 +190,7 @@ def main():
         shown = f"\ntree: {result['tree']}" if args.explain else "\n\n" + report(result, heads, args)
         print(json.dumps(result) if args.json else shown, flush=True)
         if page:
-            write_atomic(args.html, lambda p: p.write_text(page, encoding="utf-8"))
+            write_text(args.html, page)
 
 if __name__ == "__main__":
     command_line(main)

@@ -58,7 +58,7 @@ def page_of(result: dict, tree: Tree, tokenizer: Tokenizer, prompt_ids: list, ar
     steps = [r.pop("recorded") for r in results]
     figures = "{new_tokens} tokens, {steps} steps, {seconds:.3f} s, {tokens_per_second:.0f} tokens/s".format_map
     names = "medusa" if len(tree.paths) > 1 else "plain", "plain"
-    about = f"{model_name(args.model)}, temperature {args.temperature:g}"
+    about = f"{model_name(args.model)} at temperature {args.temperature:g}"
     if args.compare:
         same = "the same tokens" if result["identical"] else "tokens that differ"
         about += f": {result['speedup']:.2f} times as fast as plain decoding, {same}"

@@ -7,20 +7,22 @@ import subprocess
 
 import pytest
 import torch
-from conftest import save_heads, tiny_heads, tiny_llama
+from conftest import byte_tokenizer, save_heads, tiny_heads, tiny_llama
+from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
 
 from llama import Llama, attention_mask
 from loading.tokenizer import Tokenizer
-from tinymedusa import Decoder, PlainDecoder, Sampling, Tree
+from tinymedusa import Decoder, Sampling, Tree
 from variants.heads import load_heads
 from variants.typical import Typical
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = ["<unk>", "<s>", "</s>", "</script><script>document.title='owned'</script>", "<!--<script>",
-           "<img src=x onerror=\"document.title='owned'\">", "\"'`\\", "\u2028", "&lt;b&gt;\n", "\u202eזר", "{data}", "\0 🦊"]
-PROMPT = HOSTILE[3]
+           "<img src=x onerror=\"document.title='owned'\">", "\"'`\\", "\u2028", "&lt;b&gt;\n", "\u202eזר", "{data}",
+           "\0 🦊"]
+PROMPT_IDS = [1, 3, 5, 4, 8, 6, 3, 5]                          # longer than what the page shows of it in the cache
+PROMPT = "".join(HOSTILE[i] for i in PROMPT_IDS[1:])
 TREE = [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 1, 0]]
 FACTS = """<script>
 const texts = (from, what) => [...$(from).querySelectorAll(what)].map(node => node.textContent)
@@ -54,6 +56,7 @@ def folder(tmp_path_factory):
     save_heads(tiny_heads(model, 3, noise=0.1), folder / "medusa", model)
     backend = Backend(models.WordLevel({token: i for i, token in enumerate(HOSTILE)}, unk_token="<unk>"))
     backend.add_special_tokens(HOSTILE[:3])
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, HOSTILE[3:9]))), "isolated")
     backend.decoder = decoders.Fuse()
     backend.save(str(folder / "tokenizer.json"))
     return folder
@@ -97,8 +100,10 @@ def test_the_data_are_the_decoders_own(more, folder, tmp_path, cli):
     options = [text for name, value in more.items() for text in (f"--{name}", value)]
     data, result = write(cli, folder, tmp_path / "p.html", "--tree", json.dumps(TREE), *options)
     model = Llama.from_pretrained(folder)
-    heads, tokenizer, tree = load_heads(folder / "medusa", model), Tokenizer(folder, model.config), Tree.from_paths(TREE)
+    heads, tree = load_heads(folder / "medusa", model), Tree.from_paths(TREE)
+    tokenizer = Tokenizer(folder, model.config)
     temperature, spy, prompt = more.get("temperature", 0), Spy(), tokenizer.encode(PROMPT)
+    assert prompt == PROMPT_IDS
     decoder = Decoder(model, heads, tree, Sampling(temperature), run=spy)
     if "acceptance" in more:
         decoder.accept = Typical()
@@ -148,17 +153,26 @@ def test_times_and_both_tracks(folder, tmp_path, cli):
         assert sum(sum(step["ms"].values()) for step in run["steps"]) <= 1000 * timed["seconds"]
         assert sum((step["new"] for step in run["steps"]), []) == timed["token_ids"]
         assert run["figures"].startswith(f"40 tokens, {timed['steps']} steps, ")
-    assert data["about"] == f"{folder.name}, temperature 0: {result['speedup']:.2f} times as fast as plain decoding, " \
-        "the same tokens"
+    speed = f"{result['speedup']:.2f} times as fast as plain decoding"
+    assert data["about"] == f"{folder.name} at temperature 0: {speed}, the same tokens"
 
 
 def test_what_is_read_for_the_page_is_outside_of_the_clock(folder, tmp_path, cli, monkeypatch):
-    import time
-    real = torch.Tensor.softmax
-    slow = lambda *args, **options: time.sleep(0.05) or real(*args, **options)
-    monkeypatch.setattr("extras.page.warp", lambda logits, sampling: slow(logits, dim=-1).log())
-    _, result = write(cli, folder, tmp_path / "p.html")
-    assert result["steps"] > 5 and result["seconds"] < 0.05 * result["steps"]
+    clock = {"ticks": 0, "read": 0}
+
+    def now():
+        clock["ticks"] += 1e-6
+        return clock["ticks"]
+
+    def reading(logits, sampling):
+        clock["ticks"] += 1000
+        clock["read"] += 1
+        return logits
+    monkeypatch.setattr("time.perf_counter", now)
+    monkeypatch.setattr("extras.page.warp", reading)
+    data, result = write(cli, folder, tmp_path / "p.html")
+    assert result["steps"] == clock["read"] > 5 and result["seconds"] < 1
+    assert all(ms < 1 for step in data["runs"][0]["steps"] for ms in step["ms"].values())
 
 
 def in_a_browser(page, fragment=""):
@@ -213,8 +227,8 @@ def test_a_browser_shows_the_steps_and_hostile_text_as_text(folder, tmp_path, cl
             assert drafted == (f"{step['drafted'][node] / 10:g}%" if node else "")
             assert chosen == f"→ {shown(step['choice'][node])} {step['chosen'][node] / 10:g}%"
         mask = attention_mask(torch.tensor([length]), tree.ancestors, length + 8)[0].long()
-        assert s["mask"] == mask[:, length - 1:].tolist()                               # one cell for all committed slots
-        text = [1, 3, *(i for x in run for i in x["new"])]
+        assert s["mask"] == mask[:, length - 1:].tolist()                   # one cell for all committed slots
+        text = [*PROMPT_IDS, *(i for x in run for i in x["new"])]
         before = [shown(i) for i in text[max(0, length - 6):length]]
         after = [step["path"][j] if j < len(step["path"]) else j for j in range(8)]
         slots, was, is_now = s["cache"]
@@ -227,28 +241,30 @@ def test_a_browser_shows_the_steps_and_hostile_text_as_text(folder, tmp_path, cl
     assert seen[0]["colours"] == [f"var(--head{head})" if head else "transparent" for head in heads]
 
 
-@pytest.mark.parametrize("more", [["--heads", "none"], ["--max-new-tokens", 1]], ids=str)
+@pytest.mark.parametrize("more", [["--heads", "none", "--temperature", 2], ["--max-new-tokens", 1]], ids=str)
 def test_pages_without_a_tree(more, folder, tmp_path, cli):
     data, result = write(cli, folder, tmp_path / "p.html", *more)
     seen = in_a_browser(tmp_path / "p.html")
     assert not any(s["trees"] for s in seen) and seen[0]["text"] == PROMPT + result["text"]
     assert seen[0]["step"] == ("1" if "none" in more else "0") and len(seen[0]["tracks"]) == 1
     if "none" in more:
-        new = result["token_ids"]
         assert seen[1]["now"] == "step 3 of 39: 1 new, 4 tokens so far"
-        assert seen[1]["cache"] == [["slot", *"01234"], *([when, *map(shown, [1, 3, *new[:3]])]
-                                                          for when in ("before", "after"))]
+        held = [shown(i) for i in PROMPT_IDS[4:] + result["token_ids"][:3]]
+        assert seen[1]["cache"] == [["slot", *map(str, range(4, 11))], ["before", *held], ["after", *held]]
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_a_page_is_small(temperature, tiny_folder, tmp_path, cli):
+def test_a_page_is_small(tmp_path, cli):
     """200 tokens by 64 nodes, of which hardly any is accepted."""
-    paths = [[i] for i in range(63)]
-    path = tmp_path / "p.html"
-    status, out, err = cli("generate", "--model", tiny_folder, "--prompt", "a", "--max-new-tokens", 200, "--tree", paths,
-                           "--html", path, "--json", "--temperature", temperature)
+    model = tiny_llama(dtype=torch.float32, vocab_size=300, max_position_embeddings=256, eos_token_id=None)
+    model.save(tmp_path)
+    save_heads(tiny_heads(model, 2, noise=3), tmp_path / "medusa", model)
+    byte_tokenizer(tmp_path / "tokenizer.json")
+    tree, page = [[i] for i in range(32)] + [[0, i] for i in range(31)], tmp_path / "p.html"
+    status, out, err = cli("generate", "--model", tmp_path, "--prompt", "a", "--max-new-tokens", 200, "--tree", tree,
+                           "--html", page, "--json", "--threads", 1)
     assert status == 0, err
-    assert json.loads(out)["steps"] > 30 and path.stat().st_size < 300_000
+    result = json.loads(out)
+    assert result["new_tokens"] == 200 and result["steps"] > 150 and 100_000 < page.stat().st_size < 300_000
 
 
 @pytest.mark.parametrize("more", [["--prompt", "b"], ["--samples", 2, "--temperature", 1]], ids=str)
