@@ -21,6 +21,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 HOSTILE = ["<unk>", "<s>", "</s>", "</script><script>document.title='owned'</script>", "<!--<script>",
            "<img src=x onerror=\"document.title='owned'\">", "\"'`\\", "\u2028", "&lt;b&gt;\n", "\u202eזר", "{data}",
            "\0 🦊"]
+NAMES = [*HOSTILE, "<12>", "<13>"]              # the model has two ids more than its tokenizer
 PROMPT_IDS = [1, 3, 5, 4, 8, 6, 3, 5]                          # longer than what the page shows of it in the cache
 PROMPT = "".join(HOSTILE[i] for i in PROMPT_IDS[1:])
 TREE = [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0], [0, 1, 0]]
@@ -51,7 +52,8 @@ add(document.body, "pre", JSON.stringify(seen), {id: "facts"})
 def folder(tmp_path_factory):
     """A model whose tokens are hostile, and heads of which some drafts are accepted."""
     folder = tmp_path_factory.mktemp("page")
-    model = tiny_llama(dtype=torch.float32, std=0.3, max_position_embeddings=256, eos_token_id=None)
+    model = tiny_llama(dtype=torch.float32, std=0.3, vocab_size=len(NAMES), max_position_embeddings=256,
+                       eos_token_id=None)
     model.save(folder)
     save_heads(tiny_heads(model, 3, noise=0.1), folder / "medusa", model)
     backend = Backend(models.WordLevel({token: i for i, token in enumerate(HOSTILE)}, unk_token="<unk>"))
@@ -137,7 +139,12 @@ def test_the_data_are_the_decoders_own(more, folder, tmp_path, cli):
     steps = data["runs"][0]["steps"]
     assert "".join(piece for step in steps for piece in step["text"]) == result["text"]
     assert all(len(step["text"]) == len(step["new"]) for step in steps)
-    assert data["labels"] == {str(i): HOSTILE[i] for i in map(int, data["labels"])} and len(data["labels"]) > 5
+    assert data["labels"] == {str(i): NAMES[i] for i in map(int, data["labels"])} and len(data["labels"]) > 5
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_explained_too(folder, cli):
+    status, out, err = cli("generate", "--model", folder, "--explain", 30, "--max-new-tokens", 40, "--temperature", 2)
+    assert status == 0 and "<12>" in out and "<13>" in out and "None" not in out, err
 
 
 def test_times_and_both_tracks(folder, tmp_path, cli):
@@ -191,7 +198,7 @@ def in_a_browser(page, fragment=""):
 
 def shown(token: int) -> str:
     """A token as the page's trees name it."""
-    text = HOSTILE[token].replace(" ", "\u00b7").replace("\n", "\u23ce")
+    text = NAMES[token].replace(" ", "\u00b7").replace("\n", "\u23ce")
     return re.sub("[\0\u2028\u202e]", lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
