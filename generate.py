@@ -24,6 +24,7 @@ from extras.compare import compared
 from extras.ends import Text
 from extras.explain import explaining
 from extras.options import check_generate_options, generate_options
+from extras.page import page_of, recording
 from extras.report import figures, print_batch, printer, report, shown, traced
 from extras.tune import tune
 from fast import engines
@@ -31,7 +32,7 @@ from llama import Llama
 from loading.checkpoint import TORCH_DTYPES
 from loading.config import check_prompts
 from loading.documents import openings_of, prompts_of
-from loading.files import UserError, locate
+from loading.files import UserError, locate, write_text
 from loading.heads import base_of, heads_inside
 from loading.templates import template_of
 from loading.tokenizer import Tokenizer
@@ -99,6 +100,8 @@ def run(decoder: Decoder, tokenizer: Tokenizer, ids: list, args, seed: int, emit
     decoder.run = stages if args.profile else call
     if args.explain:
         decoder.run, emit = explaining(tokenizer, ids), lambda text, head: None
+    if args.html:
+        recorded, emit = recording(decoder, emit)
     most = args.explain or args.max_steps
     steps = islice(decoder.generate([ids], args.max_new_tokens, [seed]), most and most + 1)     # the prefill first
     seconds, accepted = 0.0, Counter()
@@ -112,7 +115,8 @@ def run(decoder: Decoder, tokenizer: Tokenizer, ids: list, args, seed: int, emit
             text.add_step(tokens, emit)
             accepted[len(tokens) - 1] += len(text.ids) > 1
         emit(text.add([], end=True), 0)
-    return text.result() | figures(len(text.ids), 1, accepted, seconds, stages)
+    recorded = {"recorded": recorded} if args.html else {}
+    return text.result() | figures(len(text.ids), 1, accepted, seconds, stages) | recorded
 
 def many(decoder: Decoder, tokenizer: Tokenizer, prompts: list, encoded: list, args):
     """--batch-size prompts at once. Yields what is reported of each, or why it can't be continued, in their order, as
@@ -195,8 +199,11 @@ def main():
     for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         result = one_prompt(decoder, tokenizer, prompt, ids, row_seed(args.seed, index), args)
         result = described(index, prompts, encoded, args) | result | about
+        page = page_of(result, decoder.tree, tokenizer, ids, args) if args.html else None
         lines = f"\ntree: {result['tree']}" if args.explain else "\n\n" + report(result, heads, args)
         print(json.dumps(result) if args.json else lines, flush=True)
+        if page:
+            write_text(args.html, page)
 
 if __name__ == "__main__":
     command_line(main)

@@ -5,13 +5,18 @@ from loading.trees import draw
 from tinymedusa import sample
 from variants.typical import Typical
 
+def sampled(rule, tree, logits, noise, sampling):
+    """What the base model samples at each node, whatever the rule of acceptance: logits [B, N, V] → ids [B, N]."""
+    noise = None if noise is None or isinstance(rule, Typical) else noise[:, tree.depth]
+    return sample(logits, noise, sampling)
+
 def explaining(tokenizer: Tokenizer, prompt_ids: list):
     """A `run` for a decoder (one row) that tells what each step drafts, what the base model samples, what is kept."""
     # all tokens so far, the last one not yet in the cache; of the current step: tree, ids, each node's sample
     text, number, verified = list(prompt_ids), 0, ()
     def shown(token: int, before: list) -> str:
         said = tokenizer.stream(before)([token], end=True)
-        return json.dumps(said, ensure_ascii=False) if said else tokenizer.backend.id_to_token(token)
+        return json.dumps(said, ensure_ascii=False) if said else tokenizer.backend.id_to_token(token) or f"<{token}>"
     def held(cached: int) -> str:
         end = tokenizer.stream([])(text[max(0, cached - 12):cached], end=True)
         return f"{cached} tokens in slots 0 to {cached - 1}, the last ones {json.dumps(end, ensure_ascii=False)}"
@@ -44,8 +49,7 @@ def explaining(tokenizer: Tokenizer, prompt_ids: list):
                   f"  the base model samples {shown(text[-1], prompt_ids)}, the root of the first tree")
         elif name == "posterior":
             tree, ids, logits, noise, sampling = args
-            noise = None if noise is None or isinstance(function, Typical) else noise[:, tree.depth]
-            choice = logits.argmax(-1) if noise is None else sample(logits, noise, sampling)
+            choice = sampled(function, tree, logits, noise, sampling)
             verified = tree, ids[0].tolist(), choice[0].tolist()
         elif name == "update":
             (state, _, path, *_), (_, out, count) = args, result

@@ -5,7 +5,7 @@ from extras.command_line import SEED, ArgumentParser, device, number, threads
 from loading.config import DTYPES, LONGEST, MOST
 from loading.documents import HELD_OUT
 from loading.export import LAYOUTS
-from loading.files import UserError, keep_sources
+from loading.files import UserError, keep_sources, writable
 from loading.heads import KINDS
 from loading.trees import LARGEST
 
@@ -18,7 +18,8 @@ APART = {       # options of generate.py → those that make no sense beside the
     "--tune": "--prompt --interactive --prompts-file --compare --profile --trace --max-steps --show-accepted "
               "--stop --ignore-eos --repetition-penalty",
     "--explain": "--json --interactive --prompts-file --compare --tune --profile --trace --max-steps",
-    "--fast": "--explain --trace"}          # which show torch's own step
+    "--html": "--interactive --prompts-file --tune --explain",
+    "--fast": "--explain --html --trace"}   # which show torch's own step
 
 def text_argument(text: str) -> str:
     try:
@@ -66,6 +67,7 @@ def generate_options(parser: ArgumentParser) -> None:
     flag("--compare", "decode plainly too: same tokens? what speed-up?")
     flag("--profile", "time each stage")
     add("--explain", type=number(int, 1), metavar="N", help="tell the first N steps: tree, samples, path, cache")
+    add("--html", type=Path, metavar="FILE", help="write a page about the text: each step's tree, mask, cache and time")
     add("--trace", type=Path, metavar="FILE", help="write a trace of the (last) generation, for ui.perfetto.dev")
     flag("--show-accepted", "on a terminal: the colour of a token tells which head guessed it (none: the model itself)")
     flag("--interactive", "a conversation; !!help lists its commands")
@@ -86,13 +88,17 @@ def check_generate_options(args) -> None:
     for option, others in APART.items():
         if option in given and (wrong := given.intersection(others.split())):
             raise UserError(f"{option} does not go with {', '.join(sorted(wrong))}: leave out one or the other")
-    keep_sources([args.trace], [args.model, Path(args.model, "medusa"), args.heads, args.tree])
+    for path in filter(None, (args.trace, args.html)):
+        writable(path)                              # or an error, before the work
+    keep_sources([args.trace, args.html], [args.model, Path(args.model, "medusa"), args.heads, args.tree])
     if args.batch_size > 1 and not (args.prompts_file or args.tune or args.samples > 1):
         raise UserError("--batch-size needs --prompts-file (or --tune), or --samples")
     if "" in (args.stop or ()):
         raise UserError("--stop: the text is empty, so it appears everywhere")
     if args.samples > 1 and (args.interactive or args.tune or args.temperature == 0):
         raise UserError("--samples are texts for --prompt or --prompts-file that differ: add --temperature")
+    if args.html and (args.samples > 1 or len(args.prompt or ()) > 1):
+        raise UserError("--html shows one text: give one --prompt, and no --samples")
 
 def prepare_options(parser: ArgumentParser) -> None:
     add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument

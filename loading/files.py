@@ -182,8 +182,11 @@ def write_atomic(path, write) -> None:
     with replacing(path) as (temporary,):
         write(temporary)
 
+def write_text(path, text: str) -> None:
+    write_atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
 def write_json(path, data: dict) -> None:
-    write_atomic(path, lambda p: p.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 def write_tensors(path, tensors: dict) -> None:
     write_atomic(path, lambda p: save_file(tensors, p, metadata={"format": "pt"}))

@@ -48,6 +48,7 @@ TRIED = {
     "--compare": ["--compare"],
     "--profile": ["--profile"],
     "--explain": ["--explain 2", "--explain 2 --temperature 0.9"],
+    "--html": ["--html {}/page.html"],
     "--trace": ["--trace {}/trace.json"],
     "--show-accepted": ["--show-accepted"],
     "--interactive": ["--interactive", "--interactive --temperature 0.9 --template vicuna --profile"],
@@ -64,7 +65,7 @@ REFUSED = {
     "--device nowhere": "--device: 'nowhere' can't be used here", "--compile": "--compile is gone: give --fast",
     "--system S": "--system needs a chat model", "--chat": "--chat needs a chat model",
     "--template model": "has no chat template of its own", "--tree {}/nowhere.json": "can't read the tree"}
-FAST_REFUSED = dict.fromkeys(TRIED["--explain"] + TRIED["--trace"], "--fast does not go with --")
+FAST_REFUSED = dict.fromkeys(TRIED["--explain"] + TRIED["--html"] + TRIED["--trace"], "--fast does not go with --")
 PLAIN_REFUSED = {
     **dict.fromkeys(TRIED["--tree"] + TRIED["--tune"], "needs heads: give --heads FOLDER"),
     **dict.fromkeys(TRIED["--explain"], "--explain shows trees, and this is plain decoding: give --heads")}

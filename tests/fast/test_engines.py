@@ -171,6 +171,7 @@ TRIED = {
     "--compare": ["--compare", "--compare --temperature 0.9"],
     "--profile": ["--profile", "--profile --heads none"],
     "--explain": ["--explain 2"],
+    "--html": ["--html {}/page.html"],
     "--trace": ["--trace {}/trace.json"],
     "--show-accepted": ["--show-accepted"],
     "--interactive": ["--interactive", "--interactive --temperature 0.9 --profile", "--interactive --heads lookup"],
@@ -181,6 +182,7 @@ TRIED = {
     "--json": ["--json"],
 }
 REFUSED = {"--compile": "--compile is gone: give --fast", "--explain 2": "--fast does not go with --explain",
+           "--html {}/page.html": "--fast does not go with --html",
            "--trace {}/trace.json": "--fast does not go with --trace"}
 IN_TORCH = {"--dtype float64": "--fast: the C++ step has no float64; going on in plain torch\n"}
 OTHER_ROUNDING = ("--dtype bfloat16", "--dtype float16")        # torch also rounds what the weights are multiplied with
