@@ -12,6 +12,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from llama import Llama, attention_mask
+from loading.files import write_json
 from loading.tokenizer import Tokenizer
 from tinymedusa import Decoder, Sampling, Tree
 from variants.heads import load_heads
@@ -61,6 +62,7 @@ def folder(tmp_path_factory):
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, HOSTILE[3:9]))), "isolated")
     backend.decoder = decoders.Fuse()
     backend.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"add_bos_token": True})
     return folder
 
 
