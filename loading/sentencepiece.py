@@ -208,7 +208,8 @@ def read(path, added=(), spaced=True) -> tuple[Tokenizer, Callable[[str], str]]:
     leading = 10 ** 6 if tidy else int(prefix)      # spaces left out in front of a text
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
                                          decoders.Strip(" ", leading, 0)])
-    control = [AddedToken(name, special=True) for name in (*named.get(CONTROL, []), unknown)]      # never shown
-    backend.add_tokens([AddedToken(**token.__getstate__() | {"normalized": False}) for token in (*added, *control)])
+    control = [AddedToken(name, special=True) for name in (*named.get(CONTROL, []), unknown)]       # never shown
+    tokens = {token.content: token for token in (*control, *added)}         # the control pieces have ids already
+    backend.add_tokens([AddedToken(**token.__getstate__() | {"normalized": False}) for token in tokens.values()])
     backend.encode_special_tokens = not added       # as in SentencePiece, `<s>` in a text is characters; not so in HF
     return backend, replaced(table, [*whole, *(token.content for token in added)])

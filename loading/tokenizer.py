@@ -26,6 +26,7 @@ class Tokenizer:
             or locate(name_or_path, "tokenizer.model", revision, required=False) \
             or locate(name_or_path, "tokenizer.json", revision)
         model, settings = beside("config.json"), beside("tokenizer_config.json")
+        old = {} if "added_tokens_decoder" in settings else beside("special_tokens_map.json")       # as HF reads it
         name = str(settings.get("tokenizer_class") or model.get("tokenizer_class") or "llama")
         self.before = lambda text: text     # what is done to a text before the library's part
         with self.reading(f"can't read the tokenizer {path}"):
@@ -33,13 +34,13 @@ class Tokenizer:
                 and b'"ByteLevel"' not in path.read_bytes()
             settings = (LLAMA if of_class else {"legacy": True}) | settings
             if path.suffix == ".model":
-                added = added_tokens(settings, beside, {}, {})
+                added = added_tokens(settings, old, beside, {}, {})
                 self.backend, self.before = sentencepiece.read(path, added, settings["legacy"])
             else:
                 backend = Backend.from_file(str(path))
                 self.backend = as_llama(backend, settings) if of_class else backend
                 in_file, kept = (b.get_added_tokens_decoder() for b in (backend, self.backend))
-                self.backend.add_tokens(added_tokens(settings, beside, in_file, kept))
+                self.backend.add_tokens(added_tokens(settings, old, beside, in_file, kept))
             if self.backend.decoder and b"ByteFallback" in self.backend.decoder.__getstate__():
                 self.backend.decoder = decoders.Decoder.custom(ByteByByte(self.backend.decoder))
         self.backend.no_truncation()        # what a training run may have left in the file
@@ -53,7 +54,7 @@ class Tokenizer:
         if path.suffix == ".json":
             told = bool(told and llama)     # as in HF, other classes leave it to the file
         if not self.bos and (llama if told is None else told):
-            bos = self.backend.token_to_id(text_of(settings.get("bos_token") or "<s>"))
+            bos = self.backend.token_to_id(text_of((settings | old).get("bos_token") or "<s>"))
             if bos is None and config.bos_token_id in self.backend.get_added_tokens_decoder():
                 bos = config.bos_token_id
             self.bos = self.unwritten = [] if bos is None else [bos]
@@ -152,23 +153,21 @@ def as_token(token, **flags) -> AddedToken:
     given = {flag: token[flag] for flag in FLAGS if flag in token} if isinstance(token, dict) else {}
     return AddedToken(text_of(token), **{"special": True} | given | flags)
 
-def added_tokens(settings: dict, beside, in_file: dict, kept: dict) -> list[AddedToken]:
+def added_tokens(settings: dict, old: dict, beside, in_file: dict, kept: dict) -> list[AddedToken]:
     """The tokens that HF adds to a vocabulary, in the order in which new ones get ids: those of tokenizer_config.json's
-    added_tokens_decoder, or else of the older files; then those that have a name. in_file: tokenizer.json's own by id;
-    kept: those of them that stand already."""
-    listed = settings.get("added_tokens_decoder")
-    old = beside("special_tokens_map.json") if listed is None else {}
+    added_tokens_decoder, or else of the older files; then those that have a name. old: special_tokens_map.json.
+    in_file: tokenizer.json's own, by id; kept: those of them that stand already."""
     named = [token for key, token in (dict.fromkeys(NAMED) | settings | old).items()
              if key.endswith("_token") and token and isinstance(token, str | dict)]
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     named, extra = (named + list(extra.values()), []) if isinstance(extra, dict) else (named, extra)
     names = {text_of(token) for token in named}
-    if listed is None:
+    if "added_tokens_decoder" not in settings:
         special = names.union(map(text_of, extra))
         tokens = {i: AddedToken(text, special=text in special) for text, i in beside("added_tokens.json").items()}
         tokens |= in_file
     else:
-        tokens = {int(i): as_token({"special": False} | token) for i, token in listed.items()}
+        tokens = {int(i): as_token({"special": False} | token) for i, token in settings["added_tokens_decoder"].items()}
     for token in tokens.values():
         token.special = token.special or token.content in names
     others = [as_token(token, special=True) for token in named]

@@ -147,7 +147,8 @@ def of_class(name, **more):
     (no_bos, of_class("LlamaTokenizerFast", bos_token="</s>", add_bos_token=True), [2]),
     (as_model, {}, [1]), (as_model, of_class("LLaMATokenizer"), [1]), (as_model, of_class(None, bos_token="</s>"), [2]),
     (as_model, of_class(None, bos_token=token("</s>")), [2]), (as_model, of_class("PreTrainedTokenizerFast"), []),
-    (as_model, of_class("LlamaTokenizer", add_bos_token=False), [])])
+    (as_model, of_class("LlamaTokenizer", add_bos_token=False), []),
+    (as_model, {"special_tokens_map": {"bos_token": token("</s>")}}, [2])])
 def test_bos_is_the_tokenizers_own_and_comes_once(build, files, bos, tmp_path):
     """Llama 1's config.json says that bos is 0."""
     folder = folder_of(tmp_path, build, files | {"config": {"bos_token_id": 0, "eos_token_id": 1}})
