@@ -217,8 +217,7 @@ def evaluate(model: Llama, heads: MedusaHeads, documents: list, batch_tokens: in
     top = torch.stack([(every <= r).sum(1) / labels.clamp(min=1) for r in range(10)], 1)                     # [K, 10]
     rounded = lambda values: [round(v, 4) for v in values.tolist()]
     return {"documents": len(documents), "head_loss": known(rounded(losses.cpu() / drafted.clamp(min=1)), drafted),
-            "top": known([rounded(head) for head in top], labels),
-            "base_loss": round(loss / max(1, tokens), 4)}, ranks, owns
+            "top": known(map(rounded, top), labels), "base_loss": round(loss / max(1, tokens), 4)}, ranks, owns
 
 def noise_of(model: Llama, heads: MedusaHeads, hidden: Tensor, labels: Tensor, sampling: Sampling, generator):
     """Noise by which the base model samples what the heads should guess: hidden [K, n, H], labels [K, n] → [.., D]."""

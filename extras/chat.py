@@ -142,6 +142,8 @@ def interactive(chat: Chat) -> None:
     """Reads messages and commands until !!exit, an empty line or the end of the input."""
     with suppress(ImportError):
         import readline  # noqa: F401 - line editing and history for input()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")         # half a character is no reason to stop
     while (text := read_message(chat.args, "USER: " if chat.chat else "> ")).strip() not in ("", "!!exit"):
         try:
             if text.strip().startswith("!!"):

@@ -3,7 +3,6 @@ import argparse
 import os
 import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
 from threading import Timer
 import torch
@@ -99,9 +98,8 @@ def command_line(main) -> None:
                 signal.signal(number, interrupt)
         sys.stdout, sys.stderr = (file or open(os.devnull, "w") for file in (sys.stdout, sys.stderr))  # where closed
         sys.stdin = sys.stdin or open(os.devnull)
-        for file in filter(lambda file: hasattr(file, "reconfigure"), (sys.stdin, sys.stdout)):
-            with suppress(OSError):                 # what has been read from can't be changed
-                file.reconfigure(errors="replace")  # a terminal without é, half a character: no reason to stop
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")    # a terminal without é is no reason to stop
         main()
         sys.stdout.flush()
     except BaseException as error:

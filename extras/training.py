@@ -131,7 +131,7 @@ def load_checkpoint(path, model, heads, optimizer, fixed: dict) -> int:
     except Exception as error:  # torch raises whatever unpickling and loading do
         raise UserError(f"can't read {path}: {type(error).__name__} {error}") from error
 
-def known(values: list, counts: Tensor) -> list:
+def known(values, counts: Tensor) -> list:
     """Means as JSON has them: None where nothing was counted."""
     return [value if n else None for value, n in zip(values, counts.tolist(), strict=True)]
 

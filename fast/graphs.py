@@ -26,8 +26,7 @@ class GraphDecoder(Decoder):
 
     def record(self, window: int):
         """The step that reads self.state and writes it, self.out and self.count."""
-        # compiles and allocates what it needs; in the cache it writes only what the replay writes again
-        _, out, count = super().step(self.state, window, call)
+        _, out, count = super().step(self.state, window, call)  # allocates; what it writes, the replay writes again
         self.out, self.count = out.clone(), count.clone()
         def step():
             state, out, count = super(GraphDecoder, self).step(self.state, window, call)
