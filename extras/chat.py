@@ -140,10 +140,9 @@ def command(chat: Chat, name: str, file: str) -> str | None:
 
 def interactive(chat: Chat) -> None:
     """Reads messages and commands until !!exit, an empty line or the end of the input."""
-    with suppress(ImportError):
-        import readline  # noqa: F401 - line editing and history for input()
-    if hasattr(sys.stdin, "reconfigure"):
+    with suppress(ImportError, AttributeError):
         sys.stdin.reconfigure(errors="replace")         # half a character is no reason to stop
+        import readline  # noqa: F401 - line editing and history for input()
     while (text := read_message(chat.args, "USER: " if chat.chat else "> ")).strip() not in ("", "!!exit"):
         try:
             if text.strip().startswith("!!"):

@@ -16,7 +16,8 @@ PATIENCE = 5        # seconds that a hub has for its first answer
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "tekken.json",
              "tiktoken.model", "chat_template*", "additional_chat_templates/*.jinja", "generation_config.json")
 LARGEST = 2 ** 28       # bytes or characters that are read of a file at once
-MODEL_FILES = "*.safetensors *.index.json *_model*.bin *.pt *config.json *token*.* chat_* tree.json".split()
+MODEL_FILES = ("*.safetensors *.index.json pytorch_model*.bin *.pt *config.json tokenizer.json tokenizer.model "
+               "*_tokens.json special_tokens_map.json chat_template* tree.json").split()
 
 class UserError(Exception):
     """Something the user can mend: the text says what was wrong and what to do. Scripts print it and exit with 2."""
@@ -133,10 +134,10 @@ def read_json(path) -> dict:
 def keep_sources(written, sources) -> None:
     """UserError: a path to be written is a file that is read, by whatever name: one of the sources, or where that is a
     folder, of the model or heads in it. What does not exist, and None, counts for nothing."""
-    found = [file for file in map(Path, filter(None, written)) if os.path.exists(file)]
-    for source in map(os.path.expanduser, filter(os.path.exists, filter(None, sources))):
+    found = list(filter(os.path.exists, filter(None, written)))
+    for source in map(os.path.expanduser, filter(None, sources)):
         files = [f for name in MODEL_FILES for f in Path(source).glob(name)] if os.path.isdir(source) else [source]
-        if same := [path for path in found for file in files if os.path.samefile(path, file)]:
+        if same := [path for file in filter(os.path.exists, files) for path in found if os.path.samefile(path, file)]:
             raise UserError(f"{same[0]} is the source itself: give what is written another name")
 
 def writable(path) -> Path:

@@ -203,5 +203,10 @@ def files_tree(path):
 def test_sources_that_are_not_there_are_no_obstacle(tmp_path):
     keep_sources([None, tmp_path / "x"], [None, "", "some/model", "[[0], [1]]" * 999, tmp_path / "none"])
     (tmp_path / "x").write_text("x")
-    keep_sources([tmp_path / "x"], [tmp_path])                                   # no file of a model's
+    (tmp_path / "tokenizer.json").symlink_to("nowhere")
+    (tmp_path / "tokens.bin.json").write_text("{}")
+    keep_sources([tmp_path / "x", tmp_path / "tokens.bin.json"], [tmp_path])     # no files of a model's
+    (tmp_path / "nowhere").write_text("x")
+    with pytest.raises(UserError, match="nowhere is the source itself"):
+        keep_sources([tmp_path / "nowhere"], [tmp_path])
     assert writable(tmp_path / "x") == tmp_path / "x" and files.MODEL_FILES
