@@ -171,7 +171,8 @@ def batch() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6))
     commands = []
     for axis, name in zip(axes, ("model", "110M"), strict=True):
-        results = [read_json(RESULTS / f"batch-{name}{engine}.json") for engine in ("", "-fast")]
+        found = [RESULTS / f"batch-{name}{engine}.json" for engine in ("", "-fast")]
+        results = [read_json(path) for path in found if path.exists()]
         commands += [result["command"] for result in results]
         measured = [row for result in results for row in result["rows"]]
         for mode in dict.fromkeys(r["mode"] for r in measured):
