@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from tqdm import tqdm
-from loading.files import UserError, replacing, writable
+from loading.files import UserError, replacing
 from tinymedusa import Decoder, Stages
 
 ENDED = {"stop": "ended by --stop", "length": "cut at --max-new-tokens", "context": "cut: the context is full",
@@ -34,7 +34,6 @@ def traced(decoder: Decoder, path: Path | None):
     if path is None:
         yield
         return
-    writable(path)                                  # or an error, before the work
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler's own lines are on stderr
     run = decoder.run
     def named(name, *do):

@@ -165,16 +165,16 @@ def json_lines(path):
     lines = ((f"{path}, line {i}", line) for i, line in numbered if line.strip())
     first = next(lines, (str(path), ""))
     try:
-        json.loads(first[1])
+        read = json.loads(first[1])
     except (ValueError, RecursionError):            # one value over several lines, or a broken line
         text = first[1]
         for _, line in lines:
             text += line
             if len(text) > 4 * LARGEST:
                 parsed(*first)                      # the broken line
-        first, lines = (str(path), text), ()
-    for place, line in chain([first], lines):
-        value = parsed(place, line)
+        first, lines, read = (str(path), text), (), parsed(str(path), text)
+    others = ((place, parsed(place, line)) for place, line in lines)
+    for place, value in chain([(first[0], read)], others):
         if isinstance(value, list):
             yield from ((f"{path}, item {i}", item) for i, item in enumerate(value))
         else:
