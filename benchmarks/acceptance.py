@@ -6,11 +6,13 @@
 
 Rows: `match` (lossless), `match` in the nucleus of top-p 0.8 (the official code's `nucleus`, done losslessly), typical
 acceptance with the official epsilon 0.09 and delta 0.3, and prompt lookup in the heads' place. Each has the tree that
-tree.json holds for the temperature; "at 8 nodes" is counted with a tree of --nodes nodes grown at the temperature, from
-the model's texts of model/tune.txt. Plain decoding with the same sampling and seeds runs beside each for the ratio; of
-typical it is plain sampling. Quality: mean log-likelihood of a token of the output under the
-base at temperature 1, and the share of different 4-grams among all 4-grams of all outputs. Greedy search and typical
-acceptance raise the first and lower the second; the distribution itself has the values of the `match` row.
+tree.json holds for the temperature; "at 8 nodes" is a tree of --nodes nodes grown at the temperature, from every second
+of the model's texts of model/tune.txt. Tokens per step are counted over the texts of all openings, each with 5 seeds
+where tokens are drawn; the forecast simulates decoding the other texts of tune.txt. Plain decoding with the same
+sampling and seed runs beside each text's first for the ratio; of typical it is plain sampling. Quality: mean
+log-likelihood of a token of the output under the base at temperature 1, and the share of different 4-grams among all
+4-grams of all outputs. Greedy search and typical acceptance raise the first and lower the second; the distribution
+itself has the values of the `match` row.
 """
 import argparse
 import statistics
@@ -25,7 +27,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from extras.command_line import command_line, set_threads, threads  # noqa: E402
-from extras.forecast import grow_tree, joint_hits  # noqa: E402
+from extras.forecast import grow_tree, joint_hits, simulate  # noqa: E402
 from extras.tune import own_texts  # noqa: E402
 from fast import engines  # noqa: E402
 from loading.documents import openings_of  # noqa: E402
@@ -42,6 +44,7 @@ from variants.typical import Typical  # noqa: E402
 # name → options of the sampling, the acceptance rule if it is not the decoder's own
 RULES = {"match": ({}, None), "match, top-p 0.8": ({"top_p": 0.8}, None), "typical": ({}, Typical(0.09, 0.3)),
          "prompt lookup": ({}, None)}
+SEEDS = 5               # texts of an opening that are counted: with one each, the count itself varies by 1.5 %
 
 
 def decode(decoder, ids, seed, args) -> tuple[list, int, float]:
@@ -58,18 +61,17 @@ def log_likelihood(model, ids, new) -> float:
     return logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None]).mean().item()
 
 
-def grown(model, tokenizer, heads, sampling, args) -> Tree:
-    """The tree of --nodes nodes that is right most often in the model's texts at this sampling."""
+def halves(model, tokenizer, heads, sampling, args) -> list:
+    """(ranks, own), as `simulate` takes them, of every second of the model's texts at this sampling and of the rest."""
     documents = own_texts(model, Plain(tokenizer), openings_of(args.tune), Namespace(
         tune=args.tune, sampling=sampling, max_new_tokens=args.max_new_tokens, seed=10 ** 6))
-    _, ranks, _ = evaluate(model, heads, documents, 4096, sampling)
-    return Tree.from_paths(grow_tree(joint_hits(ranks), args.nodes - 1))
+    return [evaluate(model, heads, half, 4096, sampling)[1:] for half in (documents[::2], documents[1::2])]
 
 
 def per_step(decoder, prompts, args) -> float:
     """Tokens per step over all steps of all prompts, decoded in a batch: the tokens are the same."""
     emitted = steps = 0
-    run = batches.generate(decoder, prompts, args.max_new_tokens)
+    run = batches.generate(decoder, prompts, args.max_new_tokens, batch_size=50)
     next(run)
     for new in run:
         emitted += sum(map(len, new.values()))
@@ -104,25 +106,33 @@ def main():
     set_threads(model, args.threads)
     print(f"{folder.name}: {len(prompts)} openings, {args.max_new_tokens} new tokens or to the end of the story, "
           f"{torch.get_num_threads()} thread(s), {engines.mode(model)}\n")
-    print(f"| temperature | rule | tokens per step at {args.nodes} nodes | nodes of its tree | tokens per step | "
-          "Medusa tokens/s | plain tokens/s | speed-up | identical | log-likelihood | distinct 4-grams |\n"
-          "|---|---|---|---|---|---|---|---|---|---|---|")
+    print(f"| temperature | rule | tokens per step at {args.nodes} nodes | forecast | nodes of its tree | "
+          "tokens per step | forecast | Medusa tokens/s | plain tokens/s | speed-up | identical | log-likelihood | "
+          "distinct 4-grams |\n"
+          "|" + "---|" * 13)
     for temperature in args.temperatures:
         for rule, (options, acceptance) in RULES.items():
             if rule not in args.rules or temperature == 0 and rule in ("match, top-p 0.8", "typical"):
                 continue                                                         # all rules are one there
             sampling = Sampling(temperature, **options)
             if rule == "prompt lookup":
-                drafter, trees = Lookup(model.config), [Tree.from_paths(Lookup.chain)] * 2
+                drafter, trees, forecasts = Lookup(model.config), [Tree.from_paths(Lookup.chain)], [""]
             else:
+                (ranks, _), others = halves(model, tokenizer, heads, sampling, args)
                 mode = engines.mode(model)
                 paths, _ = read_tree(folder, len(heads), heads.draft_size, mode=mode, temperature=temperature)
-                drafter, trees = heads, [grown(model, tokenizer, heads, sampling, args), Tree.from_paths(paths)]
-            at_nodes, drafting = (engines.decoder(model, drafter, tree, sampling) for tree in trees)
+                drafter = heads
+                trees = [Tree.from_paths(grow_tree(joint_hits(ranks), args.nodes - 1)), Tree.from_paths(paths)]
+                forecasts = ["" if acceptance else f"{simulate(t, *others)['tokens_per_step']:.3f}" for t in trees]
+            decoders = [engines.decoder(model, drafter, tree, sampling) for tree in trees]
             plainly, runs = engines.decoder(model, sampling=sampling), []
             if acceptance:
-                at_nodes.accept = drafting.accept = acceptance
-            counted = f"{per_step(at_nodes, prompts, args):.3f}" if drafter is heads else ""
+                for decoder in decoders:
+                    decoder.accept = acceptance
+            texts = prompts * (SEEDS if temperature and not acceptance else 1)
+            counts = [f"{per_step(decoder, texts, args):.3f} | {forecast}"
+                      for decoder, forecast in zip(decoders, forecasts, strict=True)]
+            counted, drafting = counts[0] if len(counts) == 2 else " | ", decoders[-1]
             decode(drafting, prompts[0], 0, args)
             for seed, ids in enumerate(tqdm(prompts, desc=f"{temperature} {rule}", leave=False)):
                 runs.append((decode(plainly, ids, seed, args), decode(drafting, ids, seed, args)))
@@ -130,11 +140,11 @@ def main():
             speed = lambda rows: statistics.median(len(new) / seconds for new, _, seconds in rows)
             ratio = statistics.median((len(m[0]) / m[2]) / (len(p[0]) / p[2]) for p, m in runs)
             outputs = [new for new, _, _ in medusa]
-            steps = sum(len(new) - 1 for new in outputs) / sum(steps for _, steps, _ in medusa)
             likely = statistics.mean(log_likelihood(model, ids, new) for ids, new in zip(prompts, outputs, strict=True))
             same = sum(p[0] == m[0] for p, m in runs)
-            print(f"| {temperature} | {rule} | {counted} | {len(trees[1].paths)} | {steps:.3f} | {speed(medusa):.0f} | "
-                  f"{speed(plain):.0f} | {ratio:.2f} | {same} | {likely:.3f} | {distinct(outputs):.3f} |", flush=True)
+            print(f"| {temperature} | {rule} | {counted} | {len(trees[-1].paths)} | {counts[-1]} | "
+                  f"{speed(medusa):.0f} | {speed(plain):.0f} | {ratio:.2f} | {same} | {likely:.3f} | "
+                  f"{distinct(outputs):.3f} |", flush=True)
 
 
 if __name__ == "__main__":
