@@ -3,6 +3,8 @@
     python benchmarks/acceptance.py --threads 1                    # the table of docs/acceptance.md
     python benchmarks/acceptance.py --threads 1 --fast             # the same, decoded by the C++ engine
     python benchmarks/acceptance.py --threads 1 --heads model/medusa-paper --temperatures 0
+    python benchmarks/acceptance.py --model smollm2 --heads heads/smollm2-135m-instruct --dtype bfloat16 --fast \
+        --openings benchmarks/questions.jsonl --tune heads/smollm2-135m-instruct/tune.jsonl --nodes 6
 
 Rows: `match` (lossless), `match` in the nucleus of top-p 0.8 (the official code's `nucleus`, done losslessly), typical
 acceptance with the official epsilon 0.09 and delta 0.3, and prompt lookup in the heads' place. Each has the tree that
@@ -19,6 +21,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,8 +33,9 @@ from extras.command_line import command_line, set_threads, threads  # noqa: E402
 from extras.forecast import grow_tree, joint_hits, simulate  # noqa: E402
 from extras.tune import own_texts  # noqa: E402
 from fast import engines  # noqa: E402
+from loading.checkpoint import TORCH_DTYPES  # noqa: E402
 from loading.documents import openings_of  # noqa: E402
-from loading.templates import Plain  # noqa: E402
+from loading.templates import Plain, load_template  # noqa: E402
 from loading.tokenizer import Tokenizer  # noqa: E402
 from loading.trees import read_tree  # noqa: E402
 from tinymedusa import Sampling, Tree  # noqa: E402
@@ -61,9 +65,9 @@ def log_likelihood(model, ids, new) -> float:
     return logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None]).mean().item()
 
 
-def halves(model, tokenizer, heads, sampling, args) -> list:
+def halves(model, template, heads, sampling, args) -> list:
     """(ranks, own), as `simulate` takes them, of every second of the model's texts at this sampling and of the rest."""
-    documents = own_texts(model, Plain(tokenizer), openings_of(args.tune), Namespace(
+    documents = own_texts(model, template, openings_of(args.tune), Namespace(
         tune=args.tune, sampling=sampling, max_new_tokens=args.max_new_tokens, seed=10 ** 6))
     return [evaluate(model, heads, half, 4096, sampling)[1:] for half in (documents[::2], documents[1::2])]
 
@@ -87,6 +91,8 @@ def distinct(outputs, n=4) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT / "model"))
+    parser.add_argument("--dtype", choices=TORCH_DTYPES, help="of the model (default: generate.py's)")
+    parser.add_argument("--quantize", choices=["int8"])
     parser.add_argument("--heads", help="default: medusa/ in the model's folder")
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--tune", default=str(ROOT / "model" / "tune.txt"))
@@ -98,14 +104,17 @@ def main():
     parser.add_argument("--threads", type=threads, default="auto")
     parser.add_argument("--fast", action="store_true", help="decode with the C++ engine, plain and Medusa")
     args = parser.parse_args()
-    model = engines.load(args.model, fast=args.fast)
+    model = engines.load(args.model, TORCH_DTYPES.get(args.dtype), quantize=args.quantize, fast=args.fast)
     folder = Path(args.heads or Path(args.model) / "medusa")
     heads = load_heads(folder, model)
     tokenizer = Tokenizer(args.model, model.config)
-    prompts = [tokenizer.encode(o) for o in Path(args.openings).read_text(encoding="utf-8").splitlines()[:args.limit]]
+    template = load_template(args.model, tokenizer) or Plain(tokenizer)
+    decoder_of = partial(engines.decoder, model, eos=tokenizer.eos)
+    prompts = [template.prompt(opening) for opening in openings_of(args.openings)[:args.limit]]
     set_threads(model, args.threads)
-    print(f"{folder.name}: {len(prompts)} openings, {args.max_new_tokens} new tokens or to the end of the story, "
-          f"{torch.get_num_threads()} thread(s), {engines.mode(model)}\n")
+    print(f"{folder.name}: {len(prompts)} openings, {args.max_new_tokens} new tokens or to the end of the text, "
+          f"{torch.get_num_threads()} thread(s), {engines.mode(model)}, "
+          f"{args.quantize or args.dtype or 'default dtype'}\n")
     print(f"| temperature | rule | tokens per step at {args.nodes} nodes | forecast | nodes of its tree | "
           "tokens per step | forecast | Medusa tokens/s | plain tokens/s | speed-up | identical | log-likelihood | "
           "distinct 4-grams |\n"
@@ -118,14 +127,14 @@ def main():
             if rule == "prompt lookup":
                 drafter, trees, forecasts = Lookup(model.config), [Tree.from_paths(Lookup.chain)], [""]
             else:
-                (ranks, _), others = halves(model, tokenizer, heads, sampling, args)
+                (ranks, _), others = halves(model, template, heads, sampling, args)
                 mode = engines.mode(model)
                 paths, _ = read_tree(folder, len(heads), heads.draft_size, mode=mode, temperature=temperature)
                 drafter = heads
                 trees = [Tree.from_paths(grow_tree(joint_hits(ranks), args.nodes - 1)), Tree.from_paths(paths)]
                 forecasts = ["" if acceptance else f"{simulate(t, *others)['tokens_per_step']:.3f}" for t in trees]
-            decoders = [engines.decoder(model, drafter, tree, sampling) for tree in trees]
-            plainly, runs = engines.decoder(model, sampling=sampling), []
+            decoders = [decoder_of(drafter, tree, sampling) for tree in trees]
+            plainly, runs = decoder_of(sampling=sampling), []
             if acceptance:
                 for decoder in decoders:
                     decoder.accept = acceptance

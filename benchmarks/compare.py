@@ -112,7 +112,7 @@ def ours(folder, args, native=None):
         model.set_threads(args.threads)
     else:
         model = Llama.from_pretrained(folder, dtype=getattr(torch, args.dtype))
-    heads = load_heads(folder / "medusa", model) if (folder / "medusa" / "config.json").exists() else None
+    heads = load_heads(args.heads, model) if args.heads else None
 
     @lru_cache
     def decoder_of(medusa):
@@ -125,10 +125,10 @@ def ours(folder, args, native=None):
         about = {}
         if medusa == "published":
             paths = published_tree(len(heads), PUBLISHED, heads.draft_size)
-        elif native and not args.tree and (hits := known_hits(folder)):
+        elif native and not args.tree and (hits := known_hits(args.heads)):
             paths, about = fastest_tree(model, heads, hits)
         else:
-            paths, _ = read_tree(folder / "medusa", len(heads), heads.draft_size, args.tree)
+            paths, _ = read_tree(args.heads, len(heads), heads.draft_size, args.tree)
         run.about[medusa] = {"nodes": 1 + len(paths), "tree": paths} | about
         return engines.decoder(model, heads, Tree.from_paths(paths))
 
@@ -171,13 +171,13 @@ def step_seconds(makers: dict, prompt: list, rounds: int, steps: int) -> dict:
     return seconds
 
 
-def known_hits(folder) -> dict:
+def known_hits(heads: Path) -> dict:
     """Path → the share of the places where all of it was right, greedy, of all entries of the heads' tree.json. A
     padded shape's heads guess what the embedded model's do."""
     from loading.files import read_json
     from loading.trees import by_temperature
 
-    hits, heads, embedded = {}, folder / "medusa", ROOT / "model" / "medusa"
+    hits, embedded = {}, ROOT / "model" / "medusa"
     if str(read_json(heads / "config.json").get("base_model_name_or_path")).startswith("padded "):
         written = lambda path: (path / "model.safetensors").stat().st_mtime
         if written(heads) < written(embedded):
@@ -581,7 +581,7 @@ class Worker:
             "--max-new-tokens",
             str(args.max_new_tokens),
         ]
-        for option in ("tree", "llama2c"):
+        for option in ("heads", "tree", "llama2c"):
             if getattr(args, option):
                 passed += [f"--{option}", str(getattr(args, option))]
         self.begin = time.perf_counter()
@@ -882,7 +882,7 @@ def profiles(prompts: list, args) -> dict:
         result["stages"][mode] = stages(prompts, args, run)
         if args.curve:
             result["curve"][mode] = curve(args, run, CURVE["native" if native else "eager"])
-            result["curve_heads"] = "the folder's own heads" if run.heads else UNTRAINED
+            result["curve_heads"] = "its heads" if run.heads else UNTRAINED
     return result
 
 
@@ -990,11 +990,13 @@ def figure(result: dict, path) -> None:
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", help="a model folder, heads in its medusa/, or a padded shape, or smollm2")
+    parser.add_argument("folder", help="a model folder, or a padded shape, or smollm2")
     parser.add_argument(
         "--rows", action="append", help="only this row, or rows whose names contain this; may be repeated"
     )
-    parser.add_argument("--prompts", type=int, default=4, help="openings of benchmarks/openings.txt")
+    parser.add_argument("--heads", type=Path, metavar="FOLDER", help="default: medusa/ in the model's folder, if any")
+    parser.add_argument("--openings", help="default: benchmarks/openings.txt, for smollm2 benchmarks/questions.jsonl")
+    parser.add_argument("--prompts", type=int, default=4, help="how many of the openings")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
@@ -1023,6 +1025,8 @@ def main():
         if not args.smollm2:
             sys.exit("smollm2: give --smollm2 FOLDER, as benchmarks/smollm2.py writes it")
         shape, args.folder = "SmolLM2-135M-Instruct", args.smollm2
+        args.heads = args.heads or ROOT / "heads" / "smollm2-135m-instruct"
+        args.openings = args.openings or ROOT / "benchmarks" / "questions.jsonl"
     if args.folder in ("v0", "110M", "1B", "7B"):
         import pad_model
 
@@ -1032,6 +1036,8 @@ def main():
             pad_model.write(folder, args.folder)
         args.folder = folder
     args.folder = Path(args.folder)
+    if not args.heads and (args.folder / "medusa" / "config.json").exists():
+        args.heads = args.folder / "medusa"
     if args.gguf:
         return write_gguf(args.folder, *args.gguf)
     from llama import LlamaConfig
@@ -1041,11 +1047,14 @@ def main():
     if args.worker:
         return work(args)
     Path(args.scratch).mkdir(parents=True, exist_ok=True)
+    from loading.documents import openings_of
+    from loading.templates import Plain, load_template
     from loading.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(args.folder, config)
-    openings = (ROOT / "benchmarks" / "openings.txt").read_text(encoding="utf-8").splitlines()[: args.prompts]
-    prompts = [tokenizer.encode(text) for text in openings]
+    template = load_template(args.folder, tokenizer) or Plain(tokenizer)
+    openings = openings_of(args.openings or ROOT / "benchmarks" / "openings.txt")[: args.prompts]
+    prompts = [template.prompt(opening) for opening in openings]
     rows = contest(prompts, args)
     same_as = summary(rows)
     about = machine(args.folder, args)
