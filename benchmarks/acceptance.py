@@ -29,12 +29,15 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from compare import processor  # noqa: E402
+
 from extras.command_line import command_line, set_threads, threads  # noqa: E402
 from extras.forecast import grow_tree, joint_hits, simulate  # noqa: E402
 from extras.tune import own_texts  # noqa: E402
 from fast import engines  # noqa: E402
 from loading.checkpoint import TORCH_DTYPES  # noqa: E402
 from loading.documents import openings_of  # noqa: E402
+from loading.files import write_json  # noqa: E402
 from loading.templates import Plain, load_template  # noqa: E402
 from loading.tokenizer import Tokenizer  # noqa: E402
 from loading.trees import read_tree  # noqa: E402
@@ -103,6 +106,7 @@ def main():
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
     parser.add_argument("--threads", type=threads, default="auto")
     parser.add_argument("--fast", action="store_true", help="decode with the C++ engine, plain and Medusa")
+    parser.add_argument("--out", metavar="FILE", help="the table as JSON too")
     args = parser.parse_args()
     model = engines.load(args.model, TORCH_DTYPES.get(args.dtype), quantize=args.quantize, fast=args.fast)
     folder = Path(args.heads or Path(args.model) / "medusa")
@@ -112,48 +116,55 @@ def main():
     decoder_of = partial(engines.decoder, model, eos=tokenizer.eos)
     prompts = [template.prompt(opening) for opening in openings_of(args.openings)[:args.limit]]
     set_threads(model, args.threads)
-    print(f"{folder.name}: {len(prompts)} openings, {args.max_new_tokens} new tokens or to the end of the text, "
-          f"{torch.get_num_threads()} thread(s), {engines.mode(model)}, "
-          f"{args.quantize or args.dtype or 'default dtype'}\n")
-    print(f"| temperature | rule | tokens per step at {args.nodes} nodes | forecast | nodes of its tree | "
-          "tokens per step | forecast | Medusa tokens/s | plain tokens/s | speed-up | identical | log-likelihood | "
-          "distinct 4-grams |\n"
-          "|" + "---|" * 13)
+    setting = (f"{folder.name}: {len(prompts)} openings, up to {args.max_new_tokens} new tokens, "
+               f"{torch.get_num_threads()} thread(s), {engines.mode(model)}, "
+               f"{args.quantize or args.dtype or 'default dtype'}")
+    print(f"{setting}\n")
+    columns = ("temperature", "rule", f"tokens per step at {args.nodes} nodes", "forecast", "nodes of its tree",
+               "tokens per step", "forecast of it", "Medusa tokens/s", "plain tokens/s", "speed-up", "identical",
+               "log-likelihood", "distinct 4-grams")
+    print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns))
+    rows = []
     for temperature in args.temperatures:
         for rule, (options, acceptance) in RULES.items():
             if rule not in args.rules or temperature == 0 and rule in ("match, top-p 0.8", "typical"):
                 continue                                                         # all rules are one there
             sampling = Sampling(temperature, **options)
             if rule == "prompt lookup":
-                drafter, trees, forecasts = Lookup(model.config), [Tree.from_paths(Lookup.chain)], [""]
+                drafter, trees = Lookup(model.config), [Tree.from_paths(Lookup.chain)]
+                forecasts = [None]
             else:
                 (ranks, _), others = halves(model, template, heads, sampling, args)
                 mode = engines.mode(model)
                 paths, _ = read_tree(folder, len(heads), heads.draft_size, mode=mode, temperature=temperature)
                 drafter = heads
                 trees = [Tree.from_paths(grow_tree(joint_hits(ranks), args.nodes - 1)), Tree.from_paths(paths)]
-                forecasts = ["" if acceptance else f"{simulate(t, *others)['tokens_per_step']:.3f}" for t in trees]
+                forecasts = [None if acceptance else simulate(t, *others)["tokens_per_step"] for t in trees]
             decoders = [decoder_of(drafter, tree, sampling) for tree in trees]
             plainly, runs = decoder_of(sampling=sampling), []
             if acceptance:
                 for decoder in decoders:
                     decoder.accept = acceptance
             texts = prompts * (SEEDS if temperature and not acceptance else 1)
-            counts = [f"{per_step(decoder, texts, args):.3f} | {forecast}"
-                      for decoder, forecast in zip(decoders, forecasts, strict=True)]
-            counted, drafting = counts[0] if len(counts) == 2 else " | ", decoders[-1]
+            counts, drafting = [round(per_step(decoder, texts, args), 3) for decoder in decoders], decoders[-1]
+            at_nodes = (counts[0], forecasts[0]) if len(counts) == 2 else (None, None)
             decode(drafting, prompts[0], 0, args)
             for seed, ids in enumerate(tqdm(prompts, desc=f"{temperature} {rule}", leave=False)):
                 runs.append((decode(plainly, ids, seed, args), decode(drafting, ids, seed, args)))
             plain, medusa = zip(*runs, strict=True)
-            speed = lambda rows: statistics.median(len(new) / seconds for new, _, seconds in rows)
+            speed = lambda runs: statistics.median(len(new) / seconds for new, _, seconds in runs)
             ratio = statistics.median((len(m[0]) / m[2]) / (len(p[0]) / p[2]) for p, m in runs)
             outputs = [new for new, _, _ in medusa]
             likely = statistics.mean(log_likelihood(model, ids, new) for ids, new in zip(prompts, outputs, strict=True))
             same = sum(p[0] == m[0] for p, m in runs)
-            print(f"| {temperature} | {rule} | {counted} | {len(trees[-1].paths)} | {counts[-1]} | "
-                  f"{speed(medusa):.0f} | {speed(plain):.0f} | {ratio:.2f} | {same} | {likely:.3f} | "
-                  f"{distinct(outputs):.3f} |", flush=True)
+            rows.append(dict(zip(columns, (
+                temperature, rule, *at_nodes, len(trees[-1].paths), counts[-1], forecasts[-1], round(speed(medusa), 1),
+                round(speed(plain), 1), round(ratio, 3), same, round(likely, 3), round(distinct(outputs), 3)),
+                strict=True)))
+            print("|", " | ".join("" if v is None else str(v) for v in rows[-1].values()), "|", flush=True)
+    if args.out:
+        command = f"python benchmarks/acceptance.py {' '.join(sys.argv[1:])}"
+        write_json(args.out, {"command": command, "setting": setting, "machine": processor(), "rows": rows})
 
 
 if __name__ == "__main__":
