@@ -51,6 +51,7 @@ from variants.typical import Typical  # noqa: E402
 # name → options of the sampling, the acceptance rule if it is not the decoder's own
 RULES = {"match": ({}, None), "match, top-p 0.8": ({"top_p": 0.8}, None), "typical": ({}, Typical(0.09, 0.3)),
          "prompt lookup": ({}, None)}
+TIMED = "Medusa tokens/s", "plain tokens/s", "speed-up", "identical", "log-likelihood", "distinct 4-grams"
 SEEDS = 5               # texts of an opening that are counted: with one each, the count itself varies by 1.5 %
 
 
@@ -86,6 +87,21 @@ def per_step(decoder, prompts, args) -> float:
     return emitted / steps
 
 
+def in_turns(model, plainly, drafting, prompts, name, args) -> list:
+    """The values of TIMED: both decoders, in turns at each prompt."""
+    decode(drafting, prompts[0], 0, args)
+    runs = [(decode(plainly, ids, seed, args), decode(drafting, ids, seed, args))
+            for seed, ids in enumerate(tqdm(prompts, desc=name, leave=False))]
+    plain, medusa = zip(*runs, strict=True)
+    speed = lambda runs: statistics.median(len(new) / seconds for new, _, seconds in runs)
+    ratio = statistics.median((len(m[0]) / m[2]) / (len(p[0]) / p[2]) for p, m in runs)
+    outputs = [new for new, _, _ in medusa]
+    likely = statistics.mean(log_likelihood(model, ids, new) for ids, new in zip(prompts, outputs, strict=True))
+    same = sum(p[0] == m[0] for p, m in runs)
+    return [round(speed(medusa), 1), round(speed(plain), 1), round(ratio, 3), same, round(likely, 3),
+            round(distinct(outputs), 3)]
+
+
 def distinct(outputs, n=4) -> float:
     grams = [tuple(new[i:i + n]) for new in outputs for i in range(len(new) - n + 1)]
     return len(set(grams)) / len(grams)
@@ -106,6 +122,7 @@ def main():
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
     parser.add_argument("--threads", type=threads, default="auto")
     parser.add_argument("--fast", action="store_true", help="decode with the C++ engine, plain and Medusa")
+    parser.add_argument("--no-times", action="store_true", help="count only, as while something else runs")
     parser.add_argument("--out", metavar="FILE", help="the table as JSON too")
     args = parser.parse_args()
     model = engines.load(args.model, TORCH_DTYPES.get(args.dtype), quantize=args.quantize, fast=args.fast)
@@ -120,9 +137,8 @@ def main():
                f"{torch.get_num_threads()} thread(s), {engines.mode(model)}, "
                f"{args.quantize or args.dtype or 'default dtype'}")
     print(f"{setting}\n")
-    columns = ("temperature", "rule", f"tokens per step at {args.nodes} nodes", "forecast", "nodes of its tree",
-               "tokens per step", "forecast of it", "Medusa tokens/s", "plain tokens/s", "speed-up", "identical",
-               "log-likelihood", "distinct 4-grams")
+    columns = ["temperature", "rule", f"tokens per step at {args.nodes} nodes", "forecast", "nodes of its tree",
+               "tokens per step", "forecast of it", *(() if args.no_times else TIMED)]
     print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns))
     rows = []
     for temperature in args.temperatures:
@@ -141,26 +157,16 @@ def main():
                 trees = [Tree.from_paths(grow_tree(joint_hits(ranks), args.nodes - 1)), Tree.from_paths(paths)]
                 forecasts = [None if acceptance else simulate(t, *others)["tokens_per_step"] for t in trees]
             decoders = [decoder_of(drafter, tree, sampling) for tree in trees]
-            plainly, runs = decoder_of(sampling=sampling), []
             if acceptance:
                 for decoder in decoders:
                     decoder.accept = acceptance
             texts = prompts * (SEEDS if temperature and not acceptance else 1)
             counts, drafting = [round(per_step(decoder, texts, args), 3) for decoder in decoders], decoders[-1]
             at_nodes = (counts[0], forecasts[0]) if len(counts) == 2 else (None, None)
-            decode(drafting, prompts[0], 0, args)
-            for seed, ids in enumerate(tqdm(prompts, desc=f"{temperature} {rule}", leave=False)):
-                runs.append((decode(plainly, ids, seed, args), decode(drafting, ids, seed, args)))
-            plain, medusa = zip(*runs, strict=True)
-            speed = lambda runs: statistics.median(len(new) / seconds for new, _, seconds in runs)
-            ratio = statistics.median((len(m[0]) / m[2]) / (len(p[0]) / p[2]) for p, m in runs)
-            outputs = [new for new, _, _ in medusa]
-            likely = statistics.mean(log_likelihood(model, ids, new) for ids, new in zip(prompts, outputs, strict=True))
-            same = sum(p[0] == m[0] for p, m in runs)
-            rows.append(dict(zip(columns, (
-                temperature, rule, *at_nodes, len(trees[-1].paths), counts[-1], forecasts[-1], round(speed(medusa), 1),
-                round(speed(plain), 1), round(ratio, 3), same, round(likely, 3), round(distinct(outputs), 3)),
-                strict=True)))
+            row = [temperature, rule, *at_nodes, len(trees[-1].paths), counts[-1], forecasts[-1]]
+            if not args.no_times:
+                row += in_turns(model, decoder_of(sampling=sampling), drafting, prompts, f"{temperature} {rule}", args)
+            rows.append(dict(zip(columns, row, strict=True)))
             print("|", " | ".join("" if v is None else str(v) for v in rows[-1].values()), "|", flush=True)
     if args.out:
         command = f"python benchmarks/acceptance.py {' '.join(sys.argv[1:])}"

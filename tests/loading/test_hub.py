@@ -1,15 +1,17 @@
 """Folders laid out as the published checkpoints are: every tensor lands, and the text is that of our own format."""
 import http.server
+import io
 import json
 import pickle
 import shutil
+import sys
 import threading
 import time
 from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, tiny_heads, tiny_llama
+from conftest import ROOT, byte_tokenizer, tiny_heads, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from extras.training import save_results
@@ -439,6 +441,29 @@ def test_the_systems_of_the_original_by_their_hub_ids(hub, cli, tmp_path):
             assert result["token_ids"] == plain["token_ids"] and "tree" in result
     assert ("FasterDecoding/medusa-vicuna-33b-v1.3", "medusa_lm_head.pt") in fetched
     assert ("Maykeye/TinyLLama-v0", "tokenizer.model") in fetched
+
+
+def test_the_shipped_heads_of_a_chat_model_by_its_hub_id(hub, cli, monkeypatch):
+    """A random layer of the real one's shape under its id: --interactive --fast with the heads and their tree, and the
+    very answer of plain decoding."""
+    name, shipped = "HuggingFaceTB/SmolLM2-135M-Instruct", ROOT / "heads" / "smollm2-135m-instruct"
+    model = tiny_llama(
+        dtype=torch.float32, std=0.04, vocab_size=49152, hidden_size=576, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=9, num_key_value_heads=3, head_dim=64, tie_word_embeddings=True, eos_token_id=2,
+        rope_theta=100000.0, max_position_embeddings=512)
+    model.save(folder := hub[0] / name, torch.bfloat16)
+    byte_tokenizer(folder / "tokenizer.json")
+    write_json(folder / "tokenizer_config.json", {
+        "bos_token": "<s>", "eos_token": "</s>", "chat_template":
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"})
+    asked = ("--model", name, "--max-new-tokens", 12, "--fast", "--threads", 1)
+    plain, drafted = (json.loads(cli("generate", *asked, "--heads", heads, "--chat", "--prompt", "Hello", "--json")[1])
+                      for heads in ("none", shipped))
+    assert drafted["token_ids"] == plain["token_ids"] and len(plain["token_ids"]) == 12
+    assert "tree.json" in drafted["tree"] and drafted["prompt_tokens"] == plain["prompt_tokens"] > 5
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n\n"), encoding="utf-8"))
+    status, out, err = cli("generate", *asked, "--heads", shipped, "--interactive")
+    assert status == 0 and plain["text"].strip() in out and "12 tokens" in out, err
 
 
 class Malicious:
