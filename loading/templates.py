@@ -1,6 +1,5 @@
 """How messages are put to a chat model, as ids: by its own template, by FastChat's vicuna_v1.1, or not at all."""
 import re
-from itertools import chain
 from pathlib import Path
 from loading.documents import read_lines
 from loading.files import UserError, locate, model_name, read_json
@@ -10,7 +9,6 @@ VICUNA = "vicuna_v1.1"
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 ADDITIONAL = "additional_chat_templates"
-LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}     # LlamaTokenizer's, if no file has any
 START, END = "\U000f0000", "\U000f0001"         # around a special token's name in a message: there it is text
 IDS = 0         # the key of an answer's ids in a message, where it was not read but written: no key of a JSON object
 
@@ -43,14 +41,9 @@ class Plain:
         backend = self.tokenizer.backend
         before, backend.encode_special_tokens = backend.encode_special_tokens, not special
         try:
-            with self.tokenizer.reading(f"{self.tokenizer.path} can't encode this text"):
-                ids = backend.encode(self.tokenizer.before(text), add_special_tokens=False).ids
+            return self.tokenizer.encode_batch([text], bos=False)[0]
         finally:
             backend.encode_special_tokens = before
-        if max(ids, default=0) >= self.tokenizer.vocab_size:
-            raise UserError(f"{self.tokenizer.path} has the id {max(ids)}, the model only {self.tokenizer.vocab_size} "
-                            "entries: they don't belong together")
-        return ids
 
 class Vicuna(Plain):
     """vicuna_v1.1: each round is encoded on its own and ends with eos; an answer may bring its IDS."""
@@ -76,11 +69,11 @@ class Own(Plain):
     token in a message stays text, as with its `sanitize_control_tokens`. The tokens that end a turn join the eos."""
     name, label = "model", "ASSISTANT: "
 
-    def __init__(self, tokenizer, template: str, tokens: dict, source: str, system=None, chat=False):
-        """tokens: the special tokens by their names in the template. source: whose template it is."""
+    def __init__(self, tokenizer, template: str, source: str, system=None, chat=False):
+        """source: whose template it is."""
         from loading.jinja import compiled      # as it takes a while
         super().__init__(tokenizer, system, chat)
-        self.render, self.tokens = compiled(template, source), tokens
+        self.render = compiled(template, source)
         added = tokenizer.backend.get_added_tokens_decoder()
         names = sorted((t.content for t in added.values() if t.special), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, names)) or "(?!)")
@@ -90,7 +83,7 @@ class Own(Plain):
 
     def ends_of_turn(self, added: dict[str, int]) -> list[int]:
         """eos, and the token that the template writes behind an answer, of the tokens beside the vocabulary."""
-        answer, names = {"role": "assistant", "content": "The answer."}, [self.tokens.get("eos_token")]
+        answer, names = {"role": "assistant", "content": "The answer."}, [self.tokenizer.special.get("eos_token")]
         try:
             text = self.text([{"role": "user", "content": "A question."}, answer], False)
             behind = text.rpartition(answer["content"])[2].lstrip()
@@ -103,7 +96,8 @@ class Own(Plain):
         def variables() -> dict:
             marked = [{key: self.marked(value) for key, value in message.items() if value is not None and key != IDS}
                       for message in self.with_system(messages)]
-            return self.tokens | {"messages": marked, "tools": None, "documents": None, "add_generation_prompt": answer}
+            return self.tokenizer.special | {
+                "messages": marked, "tools": None, "documents": None, "add_generation_prompt": answer}
         return self.render(variables)
 
     def marked(self, value):
@@ -123,13 +117,11 @@ class Own(Plain):
                 ids += new[len(line):] if new[:len(line)] == line else self.encode(piece, named)
         return ids
 
-def own_template(name_or_path, revision=None) -> tuple[str | None, dict[str, str]]:
-    """The text of the model's chat template, of several the one that transformers takes, and the special tokens that it
-    may name. None: the model has no template."""
+def own_template(name_or_path, tokenizer, revision=None) -> str | None:
+    """The text of the model's chat template, of several the one that transformers takes. None: the model has none."""
     find = lambda name: locate(name_or_path, name, revision, required=False)
-    settings, tokens, legacy = ({} if path is None else read_json(path) for path in map(find, (
-        "tokenizer_config.json", "special_tokens_map.json", "chat_template.json")))
-    templates = settings.get("chat_template") or legacy.get("chat_template")
+    legacy = find("chat_template.json")
+    templates = tokenizer.settings.get("chat_template") or legacy and read_json(legacy).get("chat_template")
     if isinstance(templates, list) and all(isinstance(t, dict) for t in templates):
         templates = {t.get("name"): t.get("template") for t in templates}
     folder = Path(name_or_path).expanduser() / ADDITIONAL
@@ -144,15 +136,7 @@ def own_template(name_or_path, revision=None) -> tuple[str | None, dict[str, str
     if not isinstance(templates, str | None):
         raise UserError(f"{name_or_path}: its chat_template is {str(templates)[:80]!r}, expected text or a list of "
                         '{"name": .., "template": ..}')
-    return templates, special_tokens(settings, tokens)
-
-def special_tokens(settings: dict, others: dict) -> dict[str, str]:
-    """The contents of tokenizer_config.json and special_tokens_map.json → {"bos_token": "<s>", ..}."""
-    of_llama = str(settings.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
-    found = dict(LLAMA) if of_llama else {}
-    for key, token in chain(settings.items(), {} if "added_tokens_decoder" in settings else others.items()):
-        found[key] = token.get("content") if isinstance(token, dict) else token
-    return {key: token for key, token in found.items() if key.endswith("_token") and isinstance(token, str)}
+    return templates
 
 def named_vicuna(name_or_path, revision=None) -> bool:
     """Whether the name in the model's own config, its folder or its hub id says so."""
@@ -161,9 +145,9 @@ def named_vicuna(name_or_path, revision=None) -> bool:
 
 def load_template(name_or_path, tokenizer, kind="auto", revision=None, **options) -> Plain | None:
     """The template of a model, or the kind "model" or "vicuna"; options: of `Plain`. None: it has none."""
-    template, tokens = (None, {}) if kind == "vicuna" else own_template(name_or_path, revision)
+    template = None if kind == "vicuna" else own_template(name_or_path, tokenizer, revision)
     if template is not None:
-        return Own(tokenizer, template, tokens, model_name(name_or_path), **options)
+        return Own(tokenizer, template, model_name(name_or_path), **options)
     if kind == "model":
         raise UserError(f"{name_or_path} has no chat template of its own: say --template vicuna or plain")
     return Vicuna(tokenizer, **options) if kind == "vicuna" or named_vicuna(name_or_path, revision) else None

@@ -17,7 +17,7 @@ HALF = "\N{REPLACEMENT CHARACTER}"      # what bytes decode to that are no whole
 
 class Tokenizer:
     """`tokenizer.json`, else SentencePiece's `tokenizer.model`, and what HF reads beside it. bos: the ids in front of
-    every text."""
+    every text. settings: tokenizer_config.json. special: "bos_token", "eos_token", .. → the token's text."""
     def __init__(self, name_or_path, config, revision=None):
         def beside(name: str) -> dict:
             path = locate(name_or_path, name, revision, required=False)
@@ -33,14 +33,17 @@ class Tokenizer:
             of_class = name.removesuffix("Fast") == "LlamaTokenizer" and model.get("model_type") != "mistral" \
                 and b'"ByteLevel"' not in path.read_bytes()
             settings = (LLAMA if of_class else {"legacy": True}) | settings
+            named = {key: token for key, token in (dict.fromkeys(NAMED) | settings | old).items()
+                     if key.endswith("_token") and isinstance(token, str | dict) and token != {}}
+            self.settings, self.special = settings, {key: text_of(token) for key, token in named.items()}
             if path.suffix == ".model":
-                added = added_tokens(settings, old, beside, {}, {})
+                added = added_tokens(settings, old, named, beside, {}, {})
                 self.backend, self.before = sentencepiece.read(path, added, settings["legacy"])
             else:
                 backend = Backend.from_file(str(path))
                 self.backend = as_llama(backend, settings) if of_class else backend
                 in_file, kept = (b.get_added_tokens_decoder() for b in (backend, self.backend))
-                self.backend.add_tokens(added_tokens(settings, old, beside, in_file, kept))
+                self.backend.add_tokens(added_tokens(settings, old, named, beside, in_file, kept))
             if self.backend.decoder and b"ByteFallback" in self.backend.decoder.__getstate__():
                 self.backend.decoder = decoders.Decoder.custom(ByteByByte(self.backend.decoder))
         self.backend.no_truncation()        # what a training run may have left in the file
@@ -54,7 +57,7 @@ class Tokenizer:
         if path.suffix == ".json":
             told = bool(told and llama)     # as in HF, other classes leave it to the file
         if not self.bos and (llama if told is None else told):
-            bos = self.backend.token_to_id(text_of((settings | old).get("bos_token") or "<s>"))
+            bos = self.backend.token_to_id(self.special.get("bos_token") or "<s>")
             if bos is None and config.bos_token_id in self.backend.get_added_tokens_decoder():
                 bos = config.bos_token_id
             self.bos = self.unwritten = [] if bos is None else [bos]
@@ -74,11 +77,12 @@ class Tokenizer:
         """Of its file: token files tell by it which tokenizer wrote them."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: list[str], bos: bool = True) -> list[list[int]]:
         """Ids of each text, bos first."""
+        texts = list(map(self.before, texts))
         with self.reading(f"{self.path} can't encode this text"):
-            encoded = [e.ids for e in self.backend.encode_batch_fast([self.before(text) for text in texts])]
-        encoded = [self.unwritten + ids for ids in encoded]
+            encoded = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=bos)]
+        encoded = [self.unwritten + ids for ids in encoded] if bos else encoded
         largest = max((max(ids, default=0) for ids in encoded), default=0)
         if largest >= self.vocab_size:
             raise UserError(f"{self.path} has the id {largest}, the model only {self.vocab_size} entries: "
@@ -153,12 +157,11 @@ def as_token(token, **flags) -> AddedToken:
     given = {flag: token[flag] for flag in FLAGS if flag in token} if isinstance(token, dict) else {}
     return AddedToken(text_of(token), **{"special": True} | given | flags)
 
-def added_tokens(settings: dict, old: dict, beside, in_file: dict, kept: dict) -> list[AddedToken]:
+def added_tokens(settings: dict, old: dict, named: dict, beside, in_file: dict, kept: dict) -> list[AddedToken]:
     """The tokens that HF adds to a vocabulary, in the order in which new ones get ids: those of tokenizer_config.json's
     added_tokens_decoder, or else of the older files; then those that have a name. old: special_tokens_map.json.
     in_file: tokenizer.json's own, by id; kept: those of them that stand already."""
-    named = [token for key, token in (dict.fromkeys(NAMED) | settings | old).items()
-             if key.endswith("_token") and token and isinstance(token, str | dict)]
+    named = list(filter(None, named.values()))
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     named, extra = (named + list(extra.values()), []) if isinstance(extra, dict) else (named, extra)
     names = {text_of(token) for token in named}

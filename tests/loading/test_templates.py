@@ -121,7 +121,8 @@ def ours(folder, **options):
 
 def theirs(folder, messages, answer, **options):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=answer, **options)["input_ids"]
+    found = tokenizer.apply_chat_template(messages, add_generation_prompt=answer, **options)
+    return found if isinstance(found, str) else found["input_ids"]
 
 
 @pytest.mark.parametrize("name, like_llama", [(name, name in LLAMA_LIKE) for name in PUBLISHED] + [("chatml", True)])
@@ -169,6 +170,18 @@ def test_what_a_template_is_given(tmp_path):
                                                   "tokenizer_class": "LlamaTokenizerFast"})
     assert ours(folder).text(messages, True) == AutoTokenizer.from_pretrained(folder).apply_chat_template(
         messages, add_generation_prompt=True, tokenize=False)                    # then the other file is not read
+
+
+@pytest.mark.parametrize("model_type, of_config, like_llama, expected", [
+    ("llama", False, True, "<s></s><unk>"), ("llama", True, True, "<s></s><unk>"),
+    ("mistral", False, True, ""), ("llama", False, False, "")])        # other classes of transformers, without names
+def test_special_tokens_that_no_file_names_are_those_of_the_class(model_type, of_config, like_llama, expected, tmp_path):
+    folder = chat_folder(tmp_path / "m", like_llama=like_llama)
+    in_config, beside = ({"tokenizer_class": "LlamaTokenizer"} if here else {} for here in (of_config, not of_config))
+    write_json(folder / "config.json", {"model_type": model_type, "vocab_size": 600} | in_config)
+    write_json(folder / "tokenizer_config.json", {
+        "chat_template": "{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ pad_token }}"} | beside)
+    assert ours(folder).text(say("x"), False) == theirs(folder, say("x"), False, tokenize=False) == expected
 
 
 @pytest.mark.parametrize("like_llama", [False, True])
