@@ -45,9 +45,10 @@ class LlamaConfig:
     eos_token_ids: tuple = (2,)
 
     @classmethod
-    def from_dict(cls, data: dict) -> "LlamaConfig":
-        """From the contents of a config.json, old spelling or new. UserError: not a Llama, or an invalid value."""
-        return cls(**check_config(data, defaults=asdict(cls())))
+    def from_dict(cls, data: dict, context: int | None = None) -> "LlamaConfig":
+        """From the contents of a config.json, old spelling or new; context None: the file's. UserError: not a Llama, or
+        an invalid value."""
+        return cls(**check_config(data, asdict(cls()), context))
 
     @classmethod
     def from_pretrained(cls, name_or_path, revision=None) -> "LlamaConfig":
@@ -266,8 +267,8 @@ class Llama(nn.Module):
         """Load a local folder or a hub id in HF's layout: config.json and safetensors (or .bin) files. dtype None:
         float32 on a CPU, else the checkpoint's; context None: the config's. Never more in memory than the model and a
         few rows. UserError: a file is missing, damaged or not a Llama's, or a tensor has another name, shape, type."""
-        files = checkpoint.find(name_or_path, revision, context)
-        config = LlamaConfig.from_dict(files.config)
+        files = checkpoint.find(name_or_path, revision)
+        config = LlamaConfig.from_dict(files.config, context)
         with torch.device("meta"):                  # shapes only: no memory, no random initialisation
             model = cls(config)
         model.to(dtype or checkpoint.default_dtype(config.dtype, device))

@@ -41,8 +41,8 @@ def quantize(module: nn.Module) -> None:
 @torch.no_grad()
 def load(name_or_path, dtype=None, device="cpu", revision=None, context=None) -> Llama:
     """As Llama.from_pretrained, then `quantize`; never more in memory than the result and one matrix in `dtype`."""
-    files = checkpoint.find(name_or_path, revision, context)
-    config = LlamaConfig.from_dict(files.config)
+    files = checkpoint.find(name_or_path, revision)
+    config = LlamaConfig.from_dict(files.config, context)
     with torch.device("meta"):
         model = Llama(config)
     model.to(dtype or checkpoint.default_dtype(config.dtype, device))

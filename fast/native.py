@@ -204,8 +204,8 @@ class NativeLlama(nn.Module):
     def from_pretrained(cls, name_or_path, dtype=None, revision=None, quantized=False, context=None) -> "NativeLlama":
         """As Llama.from_pretrained, packed straight from the files; dtype None: the checkpoint's own 16 bits, or
         float32."""
-        files = checkpoint.find(name_or_path, revision, context)
-        config = LlamaConfig.from_dict(files.config)
+        files = checkpoint.find(name_or_path, revision)
+        config = LlamaConfig.from_dict(files.config, context)
         with torch.device("meta"):
             parameters = dict(Llama(config).named_parameters())
         files.check(parameters)

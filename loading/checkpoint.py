@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from loading.config import CONTEXT, DTYPES, read_config, to_json
+from loading.config import DTYPES, read_config, to_json
 from loading.files import UserError, locate, read_json, write_json, write_tensors
 
 HEADS_INSIDE = "medusa_head."       # how the names begin of heads in the model's own file, as Medusa 1.0 writes them
@@ -87,9 +87,9 @@ def default_dtype(stored: str, device) -> torch.dtype:
     """What a model is loaded in unless told: float32 on a CPU, else as it is stored."""
     return torch.float32 if torch.device(device).type == "cpu" else TORCH_DTYPES[stored]
 
-def find(name_or_path, revision=None, context: int | None = None) -> Checkpoint:
-    """The model in a folder or under a hub id; context: overrules the config's. UserError: a file can't be read."""
-    source, config = f"model {name_or_path}", read_config(name_or_path, revision) | {CONTEXT: context}
+def find(name_or_path, revision=None) -> Checkpoint:
+    """The model in a folder or under a hub id. UserError: a file can't be read."""
+    source, config = f"model {name_or_path}", read_config(name_or_path, revision)
     tensors = {name.removeprefix("model."): stored
                for name, stored in open_tensors(weight_files(name_or_path, revision), source).items()
                if not name.startswith(HEADS_INSIDE)}

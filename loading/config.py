@@ -4,7 +4,6 @@ from loading.files import UserError, locate, read_json
 
 MOST, LONGEST = 2 ** 19, 2 ** 22    # a size, so that no product of three is too large for torch; a context
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-CONTEXT = "--context"   # the key of a requested context: no config.json has it
 ROPE_NUMBERS = {        # what each kind of rope scaling needs; "dynamic" changes nothing within the context
     "default": (), "dynamic": ("factor",), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -52,8 +51,9 @@ def one_dialect(data: dict) -> dict:
         data["max_position_embeddings"] = rope["original_max_position_embeddings"]
     return (MISTRAL if model_type == "mistral" else {}) | data | IGNORED[model_type]
 
-def check_config(data: dict, defaults: dict) -> dict:
-    """The contents of a config.json → the checked fields of LlamaConfig, whose `defaults` are given."""
+def check_config(data: dict, defaults: dict, context: int | None) -> dict:
+    """The contents of a config.json → the checked fields of LlamaConfig, whose `defaults` are given; context: as
+    requested, None: the model's own."""
     data = one_dialect(data)
     c = defaults | {"num_key_value_heads": None, "head_dim": None, "eos_token_id": 2}
     c |= {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
@@ -65,7 +65,7 @@ def check_config(data: dict, defaults: dict) -> dict:
         c["num_key_value_heads"] = c["num_attention_heads"]
     if c["rope_scaling"]:
         c["rope_scaling"] = rope_numbers(c["rope_scaling"], c["max_position_embeddings"], c["rope_theta"])
-    c["max_position_embeddings"] = context_of(c, data.get(CONTEXT))
+    c["max_position_embeddings"] = context_of(c, context)
     if c["head_dim"] is None:
         c["head_dim"], rest = divmod(c["hidden_size"], c["num_attention_heads"])
         if rest:
