@@ -154,23 +154,6 @@ def native_int8(folder, args):
     return ours(folder, args, "int8")
 
 
-def step_seconds(makers: dict, prompt: list, rounds: int, steps: int) -> dict:
-    """Seconds of whole decoding steps behind a prompt, drafting included, in turns: name → function that makes a
-    decoder → name → times."""
-    from itertools import islice
-
-    seconds = {name: [] for name in makers}
-    for _ in range(rounds):
-        for name, make in makers.items():
-            some = islice(make().generate([prompt], 20 * steps), steps + 1)
-            next(some)  # the prefill
-            begin = time.perf_counter()
-            for _ in some:
-                seconds[name].append(time.perf_counter() - begin)
-                begin = time.perf_counter()
-    return seconds
-
-
 def known_hits(heads: Path) -> dict:
     """Path → the share of the places where all of it was right, greedy, of all entries of the heads' tree.json. A
     padded shape's heads guess what the embedded model's do."""
@@ -193,6 +176,7 @@ def known_hits(heads: Path) -> dict:
 
 def fastest_tree(model, heads, hits: dict) -> tuple[list, dict]:
     """The paths with the most expected tokens per second on this engine, here and now, and what was compared."""
+    from extras.tune import step_times
     from fast import engines
     from tinymedusa import Tree
 
@@ -201,7 +185,7 @@ def fastest_tree(model, heads, hits: dict) -> tuple[list, dict]:
     trees = {n: order[: n - 1] for n in NODES if n <= 1 + len(order)}
     make = lambda paths: lambda: engines.decoder(model, heads, Tree.from_paths(paths), eos=())
     makers = {1: lambda: engines.decoder(model, eos=())} | {n: make(paths) for n, paths in trees.items()}
-    cost = {n: statistics.quantiles(s)[0] for n, s in step_seconds(makers, [1] * 64, ROUNDS, STEPS).items()}
+    cost = {n: statistics.quantiles(s)[0] for n, s in step_times(makers, [[1] * 64], STEPS, ROUNDS).items()}
     candidates = [
         {
             "nodes": n,
@@ -835,6 +819,7 @@ def curve(args, run, sizes) -> list[dict]:
     """ms of a whole step against nodes and context, and the tokens per step where a tree breaks even."""
     import torch
 
+    from extras.tune import step_times
     from fast import engines
     from loading.trees import published_tree
     from tinymedusa import Tree
@@ -853,7 +838,7 @@ def curve(args, run, sizes) -> list[dict]:
     for length in (128, 512, 2048 - 100):
         if length + 100 > model.config.max_position_embeddings:
             continue
-        seconds = step_seconds(makers, [1] * length, args.repeats, 8)
+        seconds = step_times(makers, [[1] * length], 8, args.repeats)
         cost = {n: statistics.median(s) for n, s in seconds.items()}
         points += [
             {

@@ -2,6 +2,7 @@
 import json
 import sys
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 import torch
@@ -34,19 +35,24 @@ def own_texts(model: Llama, template: Plain, openings: list, args) -> list[Docum
     new = {i: sum(ids, []) for i, ids, _ in bar}
     return [document((prompt, False), (new[i], True)) for i, prompt in enumerate(prompts)]
 
-def turn_seconds(model: Llama, heads: MedusaHeads, trees: list, prompts: list, args) -> list[float]:
-    """Seconds of a whole decoding step with each tree (None: plain) behind the prompts: the lower quartile of a few."""
-    found = []
-    for tree in trees:
-        decoder, seconds = engines.decoder(model, tree and heads, tree or ROOT, args.sampling, eos=()), []
-        steps = islice(decoder.generate(prompts, 10 * STEPS), STEPS + 1)
+def step_times(makers: dict, prompts: list, count: int, rounds: int = 1) -> dict:
+    """Seconds of each of some whole decoding steps behind the prompts, drafting included, `count` of each decoder in a
+    round: name → a function that makes a decoder → name → times."""
+    found = {name: [] for name in makers}
+    for name, make in list(makers.items()) * rounds:
+        steps = islice(make().generate(prompts, 20 * count), count + 1)
         next(steps)                                                              # the prefill
         begin = time.perf_counter()
         for _ in steps:
-            seconds.append(time.perf_counter() - begin)
+            found[name].append(time.perf_counter() - begin)
             begin = time.perf_counter()
-        found.append(sorted(seconds)[len(seconds) // 4])
     return found
+
+def turn_seconds(model: Llama, heads: MedusaHeads, trees: list, prompts: list, args) -> list[float]:
+    """Seconds of a whole decoding step with each tree (None: plain) behind the prompts: the lower quartile of a few."""
+    makers = {i: partial(engines.decoder, model, tree and heads, tree or ROOT, args.sampling, ())
+              for i, tree in enumerate(trees)}
+    return [sorted(times)[len(times) // 4] for times in step_times(makers, prompts, STEPS).values()]
 
 def step_seconds(model: Llama, heads: MedusaHeads, trees: list, prompts: list, args) -> list[float]:
     """`turn_seconds` of several turns, the lower quartile: what else the machine does only ever adds. Where that shows,

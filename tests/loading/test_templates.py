@@ -175,7 +175,7 @@ def test_what_a_template_is_given(tmp_path):
 @pytest.mark.parametrize("model_type, of_config, like_llama, expected", [
     ("llama", False, True, "<s></s><unk>"), ("llama", True, True, "<s></s><unk>"),
     ("mistral", False, True, ""), ("llama", False, False, "")])        # other classes of transformers, without names
-def test_special_tokens_that_no_file_names_are_those_of_the_class(model_type, of_config, like_llama, expected, tmp_path):
+def test_special_tokens_named_nowhere_are_those_of_the_class(model_type, of_config, like_llama, expected, tmp_path):
     folder = chat_folder(tmp_path / "m", like_llama=like_llama)
     in_config, beside = ({"tokenizer_class": "LlamaTokenizer"} if here else {} for here in (of_config, not of_config))
     write_json(folder / "config.json", {"model_type": model_type, "vocab_size": 600} | in_config)
