@@ -16,6 +16,7 @@ if __name__ == "__main__":      # Ctrl-C while torch is imported: an end without
 import json
 import time
 from collections import Counter
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from extras.chat import Chat, interactive
@@ -34,7 +35,7 @@ from loading.config import check_prompts
 from loading.documents import openings_of, prompts_of
 from loading.files import UserError, locate, write_text
 from loading.heads import base_of, heads_inside
-from loading.templates import template_of
+from loading.templates import Plain, template_of
 from loading.tokenizer import Tokenizer
 from loading.trees import read_tree
 from tinymedusa import ROOT, Decoder, MedusaHeads, Sampling, Stages, Tree, call
@@ -118,17 +119,12 @@ def run(decoder: Decoder, tokenizer: Tokenizer, ids: list, args, seed: int, emit
     recorded = {"recorded": recorded} if args.html else {}
     return text.result() | figures(len(text.ids), 1, accepted, seconds, stages) | recorded
 
-def many(decoder: Decoder, tokenizer: Tokenizer, prompts: list, encoded: list, args):
-    """--batch-size prompts at once. Yields what is reported of each, or why it can't be continued, in their order, as
-    soon as it and all before it are done; at last the figures of all. A text's seconds are those of a shared row."""
+def many(decoder: Decoder, tokenizer: Tokenizer, prompts: list, encoded: list, wrong: dict, args):
+    """--batch-size prompts at once. Yields what is reported of each, or what is wrong with it, in their order, as soon
+    as it and all before it are done; at last the figures of all. A text's seconds are those of a shared row."""
     stages, begin = Stages(args.device), time.perf_counter()
     decoder.run = stages if args.profile else call
-    done = {}
-    for i, ids in enumerate(encoded):
-        try:
-            check_prompts([ids], decoder.model.config)
-        except UserError as error:
-            done[i] = {"error": str(error)}
+    done = {i: {"error": str(error)} for i, error in wrong.items()}
     good = [i for i in range(len(encoded)) if i not in done]
     prompt_ids, seeds = [encoded[i] for i in good], [row_seed(args.seed, i) for i in good]
     texts = {index: Text(tokenizer, ids, decoder, args) for index, ids in enumerate(prompt_ids)}
@@ -145,13 +141,22 @@ def many(decoder: Decoder, tokenizer: Tokenizer, prompts: list, encoded: list, a
             following += 1
     yield figures(tokens, len(good), everything, time.perf_counter() - begin, stages)
 
-def one_prompt(decoder: Decoder, tokenizer: Tokenizer, prompt: str, ids: list, seed: int, args) -> dict:
-    """What is reported of one prompt's text; without --json it streams to the terminal meanwhile."""
-    if not args.compare:
-        return run(decoder, tokenizer, ids, args, seed, printer(args, shown(prompt, args)))
-    plain = decoder_of(args, decoder.model, eos=decoder.eos.tolist())
-    decode = lambda decoder, emit: run(decoder, tokenizer, ids, args, seed, emit)
-    return compared(plain, decoder, decode, ids, seed, prompt, args)
+def one_by_one(decoder: Decoder, tokenizer: Tokenizer, prompts: list, encoded: list, about: dict, heads, args) -> None:
+    """Reports each prompt's text; without --json it streams to the terminal meanwhile."""
+    plain = decoder_of(args, decoder.model, eos=decoder.eos.tolist()) if args.compare else None
+    for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+        seed = row_seed(args.seed, index)
+        decode = partial(run, tokenizer=tokenizer, ids=ids, args=args, seed=seed)
+        if plain:
+            result = compared(plain, decoder, decode, ids, seed, prompt, args)
+        else:
+            result = decode(decoder, emit=printer(args, shown(prompt, args)))
+        result = described(index, prompts, encoded, args) | result | about
+        page = page_of(result, decoder.tree, tokenizer, ids, args) if args.html else None
+        lines = f"\ntree: {result['tree']}" if args.explain else "\n\n" + report(result, heads, args)
+        print(json.dumps(result) if args.json else lines, flush=True)
+        if page:
+            write_text(args.html, page)
 
 def arguments(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], epilog="Examples: at the top of generate.py.")
@@ -160,15 +165,37 @@ def arguments(argv=None):
     args.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p)
     return args
 
+def given_prompts(args) -> list:
+    """The texts or messages to go on with, each --samples times."""
+    if args.tune:
+        return openings_of(args.tune)
+    given = [] if args.interactive else args.prompt or [OPENING]
+    if args.prompts_file:
+        given = prompts_of(args.prompts_file)
+    return [prompt for prompt in given for _ in range(args.samples)]
+
+def encode(template: Plain, prompts: list, config, skip: bool) -> tuple[list, dict]:
+    """The ids of each prompt, and what is wrong with those that can't be continued, index → UserError. It is raised
+    unless they are to be skipped, or if there are no others."""
+    if not skip:
+        encoded = [template.prompt(prompt) for prompt in prompts]
+        check_prompts(encoded, config)
+        return encoded, {}
+    encoded, wrong = [[] for _ in prompts], {}
+    for i, prompt in enumerate(prompts):
+        try:
+            encoded[i] = template.prompt(prompt)
+            check_prompts([encoded[i]], config)
+        except UserError as error:
+            wrong[i] = error
+    if len(wrong) == len(prompts):
+        raise wrong[i]
+    return encoded, wrong
+
 def main():
     args = arguments()
     check_generate_options(args)
-    prompts = [] if args.interactive else args.prompt or [OPENING]
-    if args.prompts_file:
-        prompts = prompts_of(args.prompts_file)
-    if args.tune:
-        prompts = openings_of(args.tune)
-    prompts = [prompt for prompt in prompts for _ in range(args.samples)]
+    prompts = given_prompts(args)
     together = args.prompts_file or args.samples > 1 and args.batch_size > 1
     if together:
         args.batch_size = min(args.batch_size, len(prompts))
@@ -185,8 +212,7 @@ def main():
     if args.explain and heads is None:
         raise UserError("--explain shows trees, and this is plain decoding: give --heads FOLDER, or a larger --tree")
     set_threads(model, args.threads, args.batch_size)
-    encoded = [template.prompt(prompt) for prompt in prompts]
-    check_prompts([min(encoded, key=lambda ids: len(ids) or 2 ** 63)] if together else encoded, model.config)
+    encoded, wrong = encode(template, prompts, model.config, bool(together))
     decoder = decoder_of(args, model, heads, tree, tokenizer.eos)
     if args.acceptance == "typical":
         decoder.accept = Typical(args.epsilon, args.delta)
@@ -195,15 +221,9 @@ def main():
             decoder, tokenizer, ids, args, seed, emit)))
     about = {"tree": f"{len(tree.paths)} nodes, {tree_source}"} if tree else {}
     if together:
-        return print_batch(many(decoder, tokenizer, prompts, encoded, args), len(prompts), about, heads, args)
-    for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
-        result = one_prompt(decoder, tokenizer, prompt, ids, row_seed(args.seed, index), args)
-        result = described(index, prompts, encoded, args) | result | about
-        page = page_of(result, decoder.tree, tokenizer, ids, args) if args.html else None
-        lines = f"\ntree: {result['tree']}" if args.explain else "\n\n" + report(result, heads, args)
-        print(json.dumps(result) if args.json else lines, flush=True)
-        if page:
-            write_text(args.html, page)
+        results = many(decoder, tokenizer, prompts, encoded, wrong, args)
+        return print_batch(results, len(prompts), about, heads, args)
+    one_by_one(decoder, tokenizer, prompts, encoded, about, heads, args)
 
 if __name__ == "__main__":
     command_line(main)

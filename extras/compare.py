@@ -8,13 +8,13 @@ from variants.typical import Typical
 REPEATS = 3     # timed runs of each, in turns; the median is reported
 
 def compared(plain: Decoder, medusa: Decoder, decode, ids: list, seed: int, prompt: str | list, args) -> dict:
-    """Medusa's result of `decode(decoder, emit)`, with plain decoding's as "baseline", and what they differ by."""
+    """Medusa's result of `decode(decoder, emit=..)`, with plain decoding's as "baseline", and what they differ by."""
     # once to read, which warms both up too, then in turns, so that what else the machine does hits both alike
     before, name = shown(prompt, args), "plain" if isinstance(medusa.heads, NoHeads) else "medusa"
-    decode(plain, printer(args, f"--- plain\n{before}"))
-    decode(medusa, printer(args, f"\n\n--- {name}\n{before}"))
+    decode(plain, emit=printer(args, f"--- plain\n{before}"))
+    decode(medusa, emit=printer(args, f"\n\n--- {name}\n{before}"))
     silent = lambda text, head: None
-    runs = [(decode(plain, silent), decode(medusa, silent)) for _ in range(REPEATS)]
+    runs = [(decode(plain, emit=silent), decode(medusa, emit=silent)) for _ in range(REPEATS)]
     baseline, result = (sorted(rs, key=lambda r: r["seconds"])[REPEATS // 2] for rs in zip(*runs, strict=True))
     ours, theirs = result["token_ids"], baseline["token_ids"]
     same = min(len(theirs), len(ours)) if args.max_steps else None

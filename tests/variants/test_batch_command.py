@@ -62,7 +62,7 @@ def test_they_come_in_order_and_not_only_at_the_end(tiny_folder, monkeypatch):
     monkeypatch.setattr(generate.batches, "generate", made_up)
     tokenizer = Tokenizer(tiny_folder, tiny_llama(vocab_size=300).config)
     came = []
-    for result in generate.many(PlainDecoder(tiny_llama()), tokenizer, list("abcdef"), [[1]] * 6, args):
+    for result in generate.many(PlainDecoder(tiny_llama()), tokenizer, list("abcdef"), [[1]] * 6, {}, args):
         came.append((result.get("prompt"), result["new_tokens"], len(asked)))
     assert [c[:2] for c in came] == [*zip("abcdef", texts.values(), strict=True), (None, 25)]
     assert [c[2] for c in came] == sorted(c[2] for c in came) and came[0][2] == 10 and came[3][2] < len(asked)
@@ -116,6 +116,28 @@ def test_a_prompt_that_the_context_cannot_hold_is_skipped(more, tiny_folder, tmp
     status, out, _ = cli("generate", *args, "--prompts-file", tmp_path / "p.jsonl")
     line = "\n[the prompt has 161 tokens, the context holds 64: shorten the prompt]\n"
     assert status == 0 and out.startswith(prompts[0] + line) and out.count(line) == samples
+
+
+def test_messages_that_the_template_refuses_are_skipped(tiny_folder, tmp_path, cli):
+    """As a prompt that is too long is; only where no prompt can be continued the run ends with the error."""
+    refusing = """{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}
+{{- m.content }}{% endfor %}"""
+    (tiny_folder / "chat_template.jinja").write_text(refusing)
+    tool, dog, long = ({"messages": [{"role": role, "content": text}]} for role, text in (
+        ("tool", "4"), ("user", "dog"), ("user", "x y " * 40)))
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, (tool, dog, long, tool, dog))))
+    args = ["--model", tiny_folder, "--max-new-tokens", 9, "--seed", 4, "--temperature", 0.9, "--prompts-file"]
+    found, _ = results(cli, *args, tmp_path / "p.jsonl", "--batch-size", 2)
+    refused = "the chat template of tiny can't be used here: no tools here"
+    assert [(r["prompt_tokens"], r.get("error")) for r in found] == [
+        (0, refused), (3, None), (160, "the prompt has 160 tokens, the context holds 64: shorten the prompt"),
+        (0, refused), (3, None)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, [dog] * 5)))
+    without, _ = results(cli, *args, tmp_path / "q.jsonl")
+    assert [found[i]["token_ids"] for i in (1, 4)] == [without[i]["token_ids"] for i in (1, 4)]      # seeds as well
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, [tool, tool])))
+    status, out, err = cli("generate", *args, tmp_path / "r.jsonl")
+    assert (status, out, err) == (2, "", f"generate.py: {refused}\n")
 
 
 def test_every_write_is_a_whole_line(tiny_folder, files, cli, monkeypatch):
