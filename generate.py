@@ -34,7 +34,7 @@ from loading.checkpoint import TORCH_DTYPES
 from loading.config import check_prompts
 from loading.documents import openings_of, prompts_of
 from loading.files import UserError, locate, write_text
-from loading.heads import base_of, heads_inside
+from loading.heads import base_of
 from loading.templates import Plain, template_of
 from loading.tokenizer import Tokenizer
 from loading.trees import read_tree
@@ -49,7 +49,7 @@ from variants.typical import Typical
 OPENING = "Once upon a time, there was a little girl named Lily who loved to play in the garden."
 
 def heads_folder(args) -> str | None:
-    """The heads of --heads, by default those in `medusa/` in the model's folder, or among its own tensors."""
+    """Where heads are: --heads, by default `medusa/` in the model's folder, or its own files. None: none are wanted."""
     if args.heads is not None:
         return None if args.heads == "none" else args.heads
     without_config = Path(args.model, "medusa/model.safetensors").is_file()
@@ -57,7 +57,7 @@ def heads_folder(args) -> str | None:
         for name in ("medusa/model.safetensors", "medusa/tree.json"):      # from a hub: fetched beside the config
             locate(args.model, name, args.revision, required=False)
         return str(config.parent)
-    return args.model if heads_inside(args.model, args.revision) else None
+    return args.model
 
 def heads_and_tree(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None, str | None]:
     """The heads, their tree and where that is from; with --tune no tree yet, and where to write it. Heads whose tree is
@@ -69,11 +69,12 @@ def heads_and_tree(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None,
         chain = heads.chain if args.tree is None else read_tree("", len(heads), heads.draft_size, args.tree)[0]
         return heads if chain else None, Tree.from_paths(chain), "prompt lookup"
     folder = heads_folder(args)
-    if folder is None:
+    own = folder == args.model
+    heads = folder and load_heads(folder, model, args.revision if own else None, required=args.heads or not own)
+    if heads is None:
         if args.tree is not None:
             raise UserError("--tree needs heads: give --heads FOLDER")
         return None, None, None
-    heads = load_heads(folder, model, args.revision if folder == args.model else None)
     if args.tune:
         if not args.tree and not Path(args.heads or args.model).is_dir():
             raise UserError(f"{args.heads or args.model} is on the hub: say with --tree FILE where to write the tree")
@@ -100,7 +101,7 @@ def run(decoder: Decoder, tokenizer: Tokenizer, ids: list, args, seed: int, emit
     stages, text = Stages(args.device), Text(tokenizer, ids, decoder, args)
     decoder.run = stages if args.profile else call
     if args.explain:
-        decoder.run, emit = explaining(tokenizer, ids), lambda text, head: None
+        emit = explaining(decoder, tokenizer, ids)
     if args.html:
         recorded, emit = recording(decoder, emit)
     most = args.explain or args.max_steps

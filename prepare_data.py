@@ -43,12 +43,12 @@ def opening(text: str, sentences: int) -> str:
     """The first sentences of a text (of its first line, up to 200 characters each), to be continued."""
     return re.match(rf"(.+?[.!?][\"']?(?=\s|$) *){{1,{sentences}}}|.*", text)[0].strip()[:200 * sentences]
 
-def of_like_size(items, size):
-    """Lists of consecutive items, each of about BATCH characters; `size`: an item's characters."""
+def of_like_size(texts):
+    """Lists of consecutive texts, each of about BATCH characters."""
     batch, total = [], 0
-    for item in items:
-        batch.append(item)
-        total += size(item)
+    for text in texts:
+        batch.append(text)
+        total += len(text)
         if total >= BATCH:
             yield batch
             batch, total = [], 0
@@ -57,7 +57,7 @@ def of_like_size(items, size):
 
 def tokenised(texts, tokenizer: Tokenizer):
     """bos text eos, encoded in batches by the library's own threads; every token but bos carries loss."""
-    for batch in of_like_size(texts, len):
+    for batch in of_like_size(texts):
         for ids in tokenizer.encode_batch(batch):
             start = len(tokenizer.bos)
             yield document((ids[:start], False), (ids[start:] + tokenizer.eos[:1], True))

@@ -39,7 +39,7 @@ from llama import Llama, LlamaConfig
 from loading.checkpoint import find
 from loading.documents import HELD_OUT, Document, beside, read_tokens
 from loading.export import export
-from loading.files import UserError, keep_sources, write_atomic
+from loading.files import UserError, keep_sources, write_text
 from loading.tokenizer import Tokenizer
 from tinymedusa import GREEDY, MedusaHeads, Sampling, Tree, perturbed, warp
 from variants.heads import build_heads, draftable, ids_of, load_heads, token_map_of
@@ -272,42 +272,49 @@ def train_step(model: Llama, heads: MedusaHeads, batches: list, backward, weight
     all_reduce(sums, *(p.grad for p in trained))
     return sums, torch.stack((drafted, labels, labels)), int(tokens[0]), bool(tokens[1])
 
+def schedule(documents: list, args) -> tuple[list, int]:
+    """The batches of each step, and how many steps warm up."""
+    batches = [b for epoch in range(args.epochs)
+               for b in length_batches(documents, args.batch_tokens, args.seed + epoch)]
+    steps = [batches[i:i + args.accumulate] for i in range(0, len(batches), args.accumulate)]
+    warmup = min(40, len(steps) // 10) if args.warmup is None else args.warmup
+    if warmup >= len(steps):
+        print(f"--warmup {warmup} exceeds the run of {len(steps)} steps: --lr is never reached", file=sys.stderr)
+    return steps, warmup
+
+def optimizer_of(model: Llama, heads: MedusaHeads, args) -> torch.optim.Optimizer:
+    """Its first group is the heads, with --medusa-2 the second the base model; `rate` is a group's full rate."""
+    groups = [{"params": list(heads.parameters()), "rate": args.lr}]
+    groups += [{"params": list(model.parameters()), "rate": args.base_lr}] if args.medusa_2 else []
+    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
+
 def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
     """Trains the heads in place, and with args.medusa_2 the base model; writes metrics.jsonl and checkpoint.pt to out.
     Everything of a step follows from the seed and its number, the data's order too, so a resumed training has the very
     weights of an uninterrupted one."""
     model.requires_grad_(False)
     joint = Joint(model, head_backward) if args.medusa_2 else None
-    groups = [{"params": list(heads.parameters()), "rate": args.lr}]
-    groups += [{"params": list(model.parameters()), "rate": args.base_lr}] if joint else []
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
-    batches = [b for epoch in range(args.epochs)
-               for b in length_batches(documents, args.batch_tokens, args.seed + epoch)]
-    steps = -(-len(batches) // args.accumulate)
-    warmup = min(40, steps // 10) if args.warmup is None else args.warmup
-    if warmup >= steps:
-        print(f"--warmup {warmup} exceeds the run of {steps} steps: --lr is never reached", file=sys.stderr)
-    weights = args.coefficient * args.decay ** torch.arange(1, len(heads) + 1).to(groups[0]["params"][0])     # [K]
+    optimizer, (steps, warmup) = optimizer_of(model, heads, args), schedule(documents, args)
+    weights = args.coefficient * args.decay ** torch.arange(1, len(heads) + 1).to(next(heads.parameters()))     # [K]
     checkpoint, first, fixed, done = Path(args.out) / "checkpoint.pt", shard()[0] == 0, settings(args), 0
     if args.resume:
         done = load_checkpoint(checkpoint, model, heads, optimizer, fixed)
     elif checkpoint.exists():
         raise UserError(f"{checkpoint} is left from a training that was stopped: add --resume, or delete it")
     log = metrics_until(metrics := Path(args.out) / "metrics.jsonl", done)
-    with tqdm(total=steps, initial=done, desc="training heads", unit=" steps", disable=not first) as bar, \
+    with tqdm(total=len(steps), initial=done, desc="training heads", unit=" steps", disable=not first) as bar, \
             interruptible() as received:
         begin, seen, labels = time.perf_counter(), 0, 0
-        for step in range(done + 1, steps + 1):
-            together = joint and step > HEADS_FIRST * steps
+        for step, batches in enumerate(steps[done:], done + 1):
+            together = joint and step > HEADS_FIRST * len(steps)
             model.requires_grad_(bool(together))
-            trained = [p for group in groups[:2 if together else 1] for p in group["params"]]
-            rate = learning_rate(step - 1, steps, warmup, args.schedule)
+            rate = learning_rate(step - 1, len(steps), warmup, args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["rate"]
-            logged = step == steps or step % args.log_every == 0
-            sums, counts, tokens, stop = train_step(
-                model, heads, batches[(step - 1) * args.accumulate:step * args.accumulate],
-                joint if together else backward, weights, trained, args, logged, bool(received))
+            trained = [p for group in optimizer.param_groups[:2 if together else 1] for p in group["params"]]
+            logged = step == len(steps) or step % args.log_every == 0
+            sums, counts, tokens, stop = train_step(model, heads, batches, joint if together else backward, weights,
+                                                    trained, args, logged, bool(received))
             if args.clip:
                 torch.nn.utils.clip_grad_norm_(trained, args.clip)
             optimizer.step()
@@ -319,8 +326,8 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
                 log.append(line := metrics_of(step, sums, counts, weights) | speed)
                 bar.set_postfix(loss=f"{line['loss']:.3f}", top1=" ".join(f"{v or 0:.2f}" for v in line["top1"]))
             if first and (logged or stop):
-                write_atomic(metrics, lambda p: p.write_text("".join(json.dumps(line) + "\n" for line in log)))
-            if step < steps and (stop or step % args.save_every == 0):
+                write_text(metrics, "".join(json.dumps(line) + "\n" for line in log))
+            if step < len(steps) and (stop or step % args.save_every == 0):
                 if first:
                     save_checkpoint(checkpoint, model, heads, optimizer, step, fixed)
                 if stop:
@@ -328,8 +335,8 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
                     raise KeyboardInterrupt
     model.requires_grad_(False)
     if first and (without := [str(k) for k, count in enumerate(labels.tolist(), 1) if not count]):
-        print(f"no label for head {' and '.join(without)} in steps {done + 1} to {steps}, so it learned nothing: give "
-              "longer texts, or fewer --num-heads", file=sys.stderr)
+        print(f"no label for head {' and '.join(without)} in steps {done + 1} to {len(steps)}, so it learned nothing: "
+              "give longer texts, or fewer --num-heads", file=sys.stderr)
 
 def arguments(argv=None):
     parser = ArgumentParser(description=__doc__.split("\n")[0], epilog="Examples: at the top of train_heads.py.")
@@ -366,7 +373,7 @@ def split(args, tokenizer: Tokenizer, model: Llama) -> tuple[list, list]:
     rest = cut([Document.joined(rest)], min(args.pack, context)) if args.pack else cut(rest, context)
     return rest, cut(documents[::HELD_OUT], context)
 
-def by_temperature(documents: list) -> dict:
+def documents_by_temperature(documents: list) -> dict:
     """Documents in which there is something to guess, by the temperature that the base model wrote them at, the lowest
     first; what it did not write: 0."""
     groups = {}
@@ -400,7 +407,7 @@ def main():
     set_threads(model, rows=64)
     tokenizer = Tokenizer(args.model, model.config)
     documents, held_out = split(args, tokenizer, model)
-    out, groups = {"out": str(args.out)}, by_temperature(held_out)
+    out, groups = {"out": str(args.out)}, documents_by_temperature(held_out)
     evaluated = lambda heads: {t: evaluate(model, heads, texts, args.batch_tokens, Sampling(t))
                                for t, texts in groups.items()}
     if args.eval:

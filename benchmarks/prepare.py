@@ -39,7 +39,7 @@ def tokenising(path, model, megabytes):
         bare, whole = [], []
         for _ in range(3):
             begin, tokens = time.perf_counter(), 0
-            for batch in of_like_size(texts(big, "<|endoftext|>"), len):
+            for batch in of_like_size(texts(big, "<|endoftext|>")):
                 tokens += sum(map(len, tokenizer.backend.encode_batch(batch)))
             bare.append(tokens / (time.perf_counter() - begin))
             begin = time.perf_counter()

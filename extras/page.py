@@ -1,11 +1,11 @@
 """A generation as a page for a browser, step by step: `generate.py --html FILE`."""
 import json
 from pathlib import Path
-from extras.explain import sampled
 from loading.files import model_name
 from loading.tokenizer import Tokenizer
 from loading.trees import draw
-from tinymedusa import Decoder, Sampling, Stages, Tree, warp
+from tinymedusa import Decoder, Sampling, Stages, Tree, sample, warp
+from variants.typical import Typical
 
 SHOWN = 6       # committed slots that are shown in front of a step's own
 
@@ -30,6 +30,11 @@ def recording(decoder: Decoder, emit):
         emit(text, head)
     decoder.run = watching
     return steps, emitting
+
+def sampled(rule, tree: Tree, logits, noise, sampling: Sampling):
+    """What the base model samples at each node, whatever the rule of acceptance: logits [B, N, V] → ids [B, N]."""
+    noise = None if noise is None or isinstance(rule, Typical) else noise[:, tree.depth]
+    return sample(logits, noise, sampling)
 
 def facts(watched: dict, before: int) -> dict:
     """Of a step: its stages in ms, the committed slots before and after, the new ids. Of a tree all ids, how probable

@@ -77,6 +77,32 @@ def grown_trees(hits: dict, heads: MedusaHeads) -> list[Tree]:
              if (paths := grow_tree(hits, nodes - 1, deepest))}
     return [Tree.from_paths(paths) for paths in grown.values()]
 
+def written(path: str, name: str) -> tuple[dict, dict]:
+    """What `path` holds already; of it what was tuned for the mode `name`, by temperature. UserError: it is no tree."""
+    before, found = read_json(path) if writable(path).exists() else {"paths": []}, {}
+    try:
+        parse_tree(json.dumps(before))
+        if name in (modes := before.get("modes", {})):
+            found = {t: e for t, e in by_temperature(modes[name]).items() if "paths" in e}
+    except UserError as error:
+        raise UserError(f"{path}: {error}: delete it, or name another one with --tree") from error
+    return before, found
+
+def candidates(trees: list, costs: list, ranks: list, own: list, batch: int) -> list[dict]:
+    """What each tree is worth: `simulate` forecasts the tokens of a step, costs are its seconds."""
+    rows = []
+    for tree, cost in zip(trees, costs, strict=True):
+        per_step = simulate(tree, ranks, own)["tokens_per_step"]
+        rows.append({"nodes": len(tree.paths), "depth": len(tree.paths[-1]), "tokens_per_step": per_step,
+                     "step_ms": round(1000 * cost, 4), "tokens_per_second": round(batch * per_step / cost, 1)})
+    return rows
+
+def print_candidates(rows: list, best: int, plain: float, batch: int) -> None:
+    print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}\n"
+          f"{1:>5}{0:>7}{1:>13.3f}{1000 * plain:>10.3f}{batch / plain:>10.1f}   plain decoding")
+    for i, row in enumerate(rows):
+        print("{:>5}{:>7}{:>13.3f}{:>10.3f}{:>10.1f}".format(*row.values()) + "   <- best tree" * (i == best))
+
 def tune(model: Llama, template: Plain, openings: list, heads: MedusaHeads | None, path: str, evaluate, args) -> None:
     """Writes to `path`, for this device and --batch-size, the tree with the most expected tokens per second here, or
     the root alone where none beats plain decoding by 3 %. Every second text grows the trees, the others forecast their
@@ -87,13 +113,7 @@ def tune(model: Llama, template: Plain, openings: list, heads: MedusaHeads | Non
     batch, name = args.batch_size, engines.mode(model)
     name += f" batch {batch}" if batch > 1 else ""
     keep_sources([path], [args.tune])
-    before, found = read_json(path) if writable(path).exists() else {"paths": []}, {}
-    try:                                            # an error comes before the work
-        parse_tree(json.dumps(before))
-        if name in (modes := before.get("modes", {})):
-            found = {t: e for t, e in by_temperature(modes[name]).items() if "paths" in e}
-    except UserError as error:
-        raise UserError(f"{path}: {error}: delete it, or name another one with --tree") from error
+    before, found = written(path, name)             # or an error, before the work
     documents = own_texts(model, template, openings, args)
     halves = documents[::2], documents[1::2]
     ranks, own = zip(*(evaluate(model, heads, half, 4096, args.sampling)[1:] for half in halves), strict=True)
@@ -104,11 +124,7 @@ def tune(model: Llama, template: Plain, openings: list, heads: MedusaHeads | Non
     set_threads(model, args.threads, batch)
     longest = max(documents, key=len).ids
     plain, *costs = step_seconds(model, heads, [None, *trees], [longest[:len(longest) // 2].tolist()] * batch, args)
-    rows = []
-    for tree, cost in zip(trees, costs, strict=True):
-        per_step = simulate(tree, ranks[1], own[1])["tokens_per_step"]
-        rows.append({"nodes": len(tree.paths), "depth": len(tree.paths[-1]), "tokens_per_step": per_step,
-                     "step_ms": round(1000 * cost, 4), "tokens_per_second": round(batch * per_step / cost, 1)})
+    rows = candidates(trees, costs, ranks[1], own[1], batch)
     best = max(range(len(rows)), key=lambda i: rows[i]["tokens_per_second"])
     chosen, places = rows[best], sum(rank.shape[1] for rank in ranks[0])
     pays, paths = chosen["tokens_per_second"] * plain > 1.03 * batch, [list(p) for p in trees[best].paths[1:]]
@@ -124,11 +140,9 @@ def tune(model: Llama, template: Plain, openings: list, heads: MedusaHeads | Non
     entry = with_temperatures(found | {args.temperature: tuned})
     plain_entries = {t: {"paths": e["paths"], "sampling": {"temperature": t}} for t, e in by_temperature(entry).items()}
     top = with_temperatures(plain_entries)          # for library users and other devices
-    write_json(path, (top if name == "cpu" else top | before) | {"modes": modes | {name: entry}})
+    modes = before.get("modes", {}) | {name: entry}
+    write_json(path, (top if name == "cpu" else top | before) | {"modes": modes})
     if args.json:
         return print(json.dumps({"tree": path, "mode": name, **tuned}))
-    print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}\n"
-          f"{1:>5}{0:>7}{1:>13.3f}{1000 * plain:>10.3f}{batch / plain:>10.1f}   plain decoding")
-    for i, row in enumerate(rows):
-        print("{:>5}{:>7}{:>13.3f}{:>10.3f}{:>10.1f}".format(*row.values()) + "   <- best tree" * (i == best))
+    print_candidates(rows, best, plain, batch)
     print(f"{path}: {tuned['remark']}\n{drawing(trees[best].paths)}")

@@ -213,12 +213,6 @@ class NativeLlama(nn.Module):
         own = stored if stored in KINDS else torch.float32
         return cls(config, files.read(parameters), dtype or own, quantized)
 
-    @classmethod
-    def from_model(cls, model: Llama, dtype=None, quantized: bool = False) -> "NativeLlama":
-        """A copy of a torch model's weights; dtype None: the model's own."""
-        pieces = ((name, slice(0, len(p)), p.detach()) for name, p in model.named_parameters())
-        return cls(model.config, pieces, dtype or model.norm.weight.dtype, quantized)
-
     def new_cache(self, rows: int, slots: int) -> Tensor:
         """[L, B, 2, G, blocks, D, W], see native.cpp."""
         lanes, c = self.lib.engine_lanes(), self.config
@@ -259,7 +253,8 @@ class PackedHeads:
         modules = [heads[k] for k in range(len(heads))]
         blocks = [self.block(module) for head in modules for module in list(head)[:layers]]
         if self.tied:
-            vocabulary = [self.shared(model, heads)] * len(modules)
+            own = heads.token_map is None           # else the lm_head's rows that may be drafted
+            vocabulary = [model.lm_head.matrix.struct if own else self.pack(heads.lm_head_rows())] * len(modules)
         else:
             vocabulary = [self.pack(head[layers].weight) for head in modules]
         self.token_map = getattr(heads, "token_map", None)
@@ -282,10 +277,6 @@ class PackedHeads:
         if hasattr(block, "linear"):
             return BlockStruct(self.pack(block.linear.weight, block.linear.bias))
         return BlockStruct(self.pack(block.up.weight, block.up.bias), self.pack(block.down.weight))
-
-    def shared(self, model: NativeLlama, heads: StrongHeads) -> MatrixStruct:
-        """The base model's lm_head, or its rows that may be drafted."""
-        return model.lm_head.matrix.struct if heads.token_map is None else self.pack(heads.lm_head_rows())
 
 # -------------------------------------------------------------------------------------------------------- the decoder
 class NativeDecoder(Decoder):

@@ -14,7 +14,7 @@ from contextlib import suppress
 from itertools import chain, cycle, takewhile
 from pathlib import Path
 import numpy as np
-from loading.files import LARGEST, UserError, opened, read_json, replacing, writable, write_json
+from loading.files import LARGEST, UserError, opened, parsed, read_json, replacing, writable, write_json
 
 BATCH = 2 ** 20         # characters tokenised at once, and the length at which a document is cut
 ROLES = {name: role for role, names in {        # what a turn's role is called → what templates call it
@@ -153,25 +153,19 @@ def read_lines(path, most: float = LARGEST, longest: int = LARGEST):
 def is_json(path) -> bool:
     return Path(path).suffix.lower() in (".json", ".jsonl", ".ndjson")
 
-def parsed(place: str, text: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not valid JSON: {error}") from error
-
 def json_lines(path):
     """(place, value) of each line of JSON lines, or each item of one value that is a list, whatever the suffix says."""
     numbered = enumerate(read_lines(path, math.inf), 1)
     lines = ((f"{path}, line {i}", line) for i, line in numbered if line.strip())
     first = next(lines, (str(path), ""))
     try:
-        read = json.loads(first[1])
-    except (ValueError, RecursionError):            # one value over several lines, or a broken line
+        read = parsed(*first)
+    except UserError:                               # one value over several lines, or a broken line
         text = first[1]
         for _, line in lines:
             text += line
             if len(text) > 4 * LARGEST:
-                parsed(*first)                      # the broken line
+                raise
         first, lines, read = (str(path), text), (), parsed(str(path), text)
     others = ((place, parsed(place, line)) for place, line in lines)
     for place, value in chain([(first[0], read)], others):
@@ -247,30 +241,29 @@ def in_turn(messages: list) -> list:
     return system + talk[:len(talk) // 2 * 2] if len(talk) > 1 else []
 
 def prompts_in(path):
-    """(place, prompt) of a file: its lines that are not empty; of a JSON file texts, or objects with a "prompt" or with
+    """The prompts of a file: its lines that are not empty; of a JSON file texts, or objects with a "prompt" or with
     "messages", which are lists of objects with a "role"."""
     if not is_json(path):
-        yield from ((path, line.rstrip("\r\n")) for line in read_lines(path) if line.strip())
+        yield from (line.rstrip("\r\n") for line in read_lines(path) if line.strip())
         return
     for place, value in json_lines(path):
         prompt = value.get("messages", value.get("prompt")) if isinstance(value, dict) else value
         if isinstance(prompt, list) and prompt and all(
                 isinstance(m, dict) and isinstance(m.get("role"), str) for m in prompt):
-            yield place, [m | ({"content": text_of(m["content"], place)} if m.get("content") else {}) for m in prompt]
+            yield [m | ({"content": text_of(m["content"], place)} if m.get("content") else {}) for m in prompt]
         elif isinstance(prompt, str):
-            yield place, mended(prompt)
+            yield mended(prompt)
         else:
             raise UserError(f'{place}: expected a string or an object with a "prompt", or with "messages": '
                             '[{"role": .., "content": ..}, ..]')
 
 def openings_of(path) -> list[str | list]:
     """The prompts of a file, texts stripped, each once."""
-    found = (prompt.strip() if isinstance(prompt, str) else prompt for _, prompt in prompts_in(path))
+    found = (prompt.strip() if isinstance(prompt, str) else prompt for prompt in prompts_in(path))
     return list({json.dumps(prompt): prompt for prompt in found if prompt}.values())
 
 def prompts_of(path) -> list[str | list]:
-    """The prompts of a file, which may be messages."""
-    found = [prompt for _, prompt in prompts_in(path)]
-    if not found:
-        raise UserError(f"{path} holds no prompt: write one a line")
-    return found
+    """The prompts of a file, which may be messages. UserError: it has none."""
+    if found := list(prompts_in(path)):
+        return found
+    raise UserError(f"{path} holds no prompt: write one a line")

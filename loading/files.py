@@ -119,14 +119,19 @@ def read_bytes(path, most: int = LARGEST) -> bytes:
         raise OSError(errno.EFBIG, f"it is larger than {most / 1e6:.0f} MB")
     return data
 
+def parsed(place, text: str | bytes):
+    """The value of some JSON. UserError: it is none; place: where it is from."""
+    try:
+        return json.loads(text.decode() if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not valid JSON: {error}") from error
+
 def read_json(path) -> dict:
     """A JSON object; UserError says which file is missing or damaged, and where."""
     try:
-        data = json.loads(read_bytes(path).decode())
+        data = parsed(path, read_bytes(path))
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a JSON {type(data).__name__}, expected an object")
     return data

@@ -10,10 +10,10 @@ from loading.vllm import VLLM_BLOCK, VLLM_KEYS, VllmHeads, official_config, offi
 
 KINDS = ("medusa", "root", "hydra")     # what a head sees beside the hidden state: see variants/heads.py
 
-def find_heads(name_or_path, model_config, revision=None) -> Checkpoint:
+def find_heads(name_or_path, model_config, revision=None, required=True) -> Checkpoint | None:
     """The heads in a folder or under a hub id, for a model with this LlamaConfig: their options, read off the tensors'
-    names, and their tensors by the official names; none is read yet. UserError: the config disagrees, or the model is
-    of another shape."""
+    names, and their tensors by the official names; none is read yet. None: not `required`, and a whole model has none
+    among its tensors. UserError: the config disagrees, or the model is of another shape."""
     config = read_json(locate(name_or_path, "config.json", revision))
     config = config if is_whole(config) else official_config(config, model_config.vocab_size)
     check_heads_config(config, name_or_path, model_config)
@@ -22,6 +22,8 @@ def find_heads(name_or_path, model_config, revision=None) -> Checkpoint:
     official = is_whole(config) or files[0].stem == "medusa_lm_head"
     if is_whole(config):                                    # the base model's tensors are in the same files
         found = {n: stored for n, stored in found.items() if n.startswith(HEADS_INSIDE)}
+        if not (required or found or "medusa_num_heads" in config):
+            return None
     found = {n.removeprefix(HEADS_INSIDE).removeprefix("medusa_heads."): stored for n, stored in found.items()}
     of_vllm = any(map(VLLM_BLOCK.match, found))
     found = official_names(found, config) if of_vllm else found
@@ -42,13 +44,6 @@ def is_whole(config: dict) -> bool:
     """Whether a config.json is that of a whole model: heads alone have the model_type medusa, or none."""
     guess = "llama" if "num_attention_heads" in config else "medusa"
     return (config.get("model_type") or guess) != "medusa"
-
-def heads_inside(name_or_path, revision=None) -> bool:
-    """Whether a model has heads among its own tensors, which its config may keep to itself."""
-    if "medusa_num_heads" in read_json(locate(name_or_path, "config.json", revision)):
-        return True
-    names = open_tensors(weight_files(name_or_path, revision), f"model {name_or_path}")
-    return any(name.startswith(HEADS_INSIDE) for name in names)
 
 def share(found: dict, num_heads: int, num_layers: int, config: dict, official: bool) -> None:
     """Give to all what is stored once: vLLM's shared matrix; the official code's blocks of a head, which are one

@@ -1,7 +1,6 @@
 """Trees as lists of paths of ranks: the published one, tree.json and its modes, every check of them, a drawing."""
-import json
 import re
-from loading.files import UserError, locate, read_bytes
+from loading.files import UserError, locate, parsed, read_bytes
 
 DEEPEST, LARGEST = 64, 2048     # paths: deeper than the rotary table allows for; larger than their tables should get
 
@@ -68,10 +67,7 @@ def parse_tree(text, mode: str | None = None, rows: int = 1, temperature: float 
             source = read_bytes(text, 2 ** 24).decode()
         except (OSError, ValueError) as error:
             raise UserError(f"can't read the tree {text}: {error}") from error
-    try:
-        tree = json.loads(source)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the tree is not valid JSON: {error}") from error
+    tree = parsed("the tree", source)
     if not isinstance(tree, dict):
         return tree, None
     modes = tree.get("modes", {})

@@ -43,6 +43,13 @@ def tiny_heads(model, num_heads=4, noise=0.2, seed=1, **options) -> MedusaHeads:
     return heads.eval()
 
 
+def native_llama(model, dtype=None, quantized=False):
+    """The C++ engine's copy of a torch model's weights; dtype None: the model's own."""
+    from fast.native import NativeLlama
+    pieces = ((name, slice(0, len(p)), p.detach()) for name, p in model.named_parameters())
+    return NativeLlama(model.config, pieces, dtype or model.norm.weight.dtype, quantized)
+
+
 def save_heads(heads, folder, model, base="tiny") -> None:
     save(folder, heads, model, base)
 

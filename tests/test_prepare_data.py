@@ -55,7 +55,8 @@ def test_text_to_tokens_and_back(tmp_path, tokenizer):
 
 def test_texts_are_encoded_in_batches_of_like_size(monkeypatch):
     monkeypatch.setattr(prepare_data, "BATCH", 50)
-    assert [len(b) for b in prepare_data.of_like_size([30, 30, 60, 1, 1], lambda n: n)] == [2, 1, 2]
+    assert list(prepare_data.of_like_size([30 * "a", 30 * "b", 60 * "c", "d", "e"])) == [
+        [30 * "a", 30 * "b"], [60 * "c"], ["d", "e"]]
 
 
 def test_special_tokens_in_a_text_are_text(tmp_path, tokenizer, cli, tiny_folder):

@@ -158,17 +158,15 @@ class HydraHeads(StrongHeads):
         for k, (parents, way, pick, ranks) in enumerate(levels_of(tuple(tree.paths), self.first, x.device), 1):
             start, seen = (t[:, k - 1:k].expand(-1, parents, -1) for t in (x, z))           # for each parent [B, M, ..]
             if len(way):
-                embedded = torch.cat((embedded, self.embedded_drafts(drafts[-1])), dim=1)
+                new = drafts[-1]                                                        # within the draft vocabulary
+                new = self.embedded(ids_of(self, new)) if self.drafted is None else self.drafted[new]
+                embedded = torch.cat((embedded, new), dim=1)
                 tokens = embedded.index_select(1, way).view(len(x), parents, -1)
                 seen = torch.cat((seen, tokens), dim=-1)
             noise_here = None if noise is None else noise[:, k - 1:k]                       # [B, 1, D]
             guesses = MedusaHeads.best(self, self.head(k, start, seen), noise_here, sampling, ranks)
             drafts.append(guesses.flatten(1).index_select(1, pick))                         # [B, nodes of this depth]
         return ids_of(self, torch.cat(drafts, dim=1))
-
-    def embedded_drafts(self, drafted: Tensor) -> Tensor:
-        """As `embedded`, of what is drafted: numbers within the draft vocabulary [..] → [.., H]."""
-        return self.embedded(ids_of(self, drafted)) if self.drafted is None else self.drafted[drafted]
 
 CLASSES = {heads.kind: heads for heads in (StrongHeads, RootHeads, HydraHeads)}
 
@@ -181,10 +179,12 @@ def build_heads(model: Llama, num_heads: int, num_layers: int = 1, kind: str = "
     return CLASSES[kind](model, num_heads, num_layers, width, recent, tie_lm_head, trunk, token_map)
 
 @torch.no_grad()
-def load_heads(name_or_path, model: Llama, revision=None) -> MedusaHeads:
-    """Heads for `model`, in its dtype and on its device: ours, or a published checkpoint (see loading/heads.py).
+def load_heads(name_or_path, model: Llama, revision=None, required=True) -> MedusaHeads | None:
+    """Heads for `model`, in its dtype and on its device: ours, or a published checkpoint. None: see `find_heads`.
     UserError: not heads, not for this model, or a tensor is missing, unexpected or of another shape."""
-    stored = find_heads(name_or_path, model.config, revision)
+    stored = find_heads(name_or_path, model.config, revision, required)
+    if stored is None:
+        return None
     options = dict(stored.config)
     size = options.pop("draft_size")
     with torch.device("meta"):                          # shapes only, until they are checked

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, ROOT, random_tree, save_heads, tiny_heads, tiny_llama
+from conftest import MODEL, ROOT, native_llama, random_tree, save_heads, tiny_heads, tiny_llama
 from torch import nn
 
 from extras.chat import keep_prefix
@@ -48,7 +48,7 @@ TREE = Tree.from_paths([[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]])
 
 def packed(model, dtype=None) -> NativeLlama:
     """The engine's copy of a torch model; int8: quantized."""
-    return NativeLlama.from_model(model, *((torch.float32, True) if dtype == torch.int8 else (dtype,)))
+    return native_llama(model, *((torch.float32, True) if dtype == torch.int8 else (dtype,)))
 
 
 def rounded_heads(model, **options):
@@ -443,7 +443,7 @@ def test_weights_from_files_are_those_of_the_model(stored, kept, quantized, tmp_
         model = model_of(name, stored)
         model.save(tmp_path / name)
         ours = NativeLlama.from_pretrained(tmp_path / name, kept, quantized=quantized)
-        theirs, ids = NativeLlama.from_model(model, kept, quantized), torch.arange(model.config.vocab_size)
+        theirs, ids = native_llama(model, kept, quantized), torch.arange(model.config.vocab_size)
         assert torch.equal(logits_of(ours), logits_of(theirs))
         assert torch.equal(ours.norm.weight, model.norm.weight.float())
         embeddings = model.embed_tokens.weight.to(kept or stored).float()
@@ -534,17 +534,17 @@ def test_what_the_engine_cannot_do_is_refused_before_it_is_called():
 @pytest.mark.parametrize("quantized", [False, True], ids=["as they are", "int8"])
 def test_float64_is_refused_in_one_line(quantized):
     with pytest.raises((UserError, Unavailable), match="float64"):
-        NativeLlama.from_model(tiny_llama(), quantized=quantized)
+        native_llama(tiny_llama(), quantized=quantized)
 
 
 BEYOND = """
 import sys
 sys.path[:0] = [{tests!r}]
-from conftest import tiny_llama
+from conftest import native_llama, tiny_llama
 import torch
-from fast.native import NativeDecoder, NativeLlama
+from fast.native import NativeDecoder
 from loading.files import UserError
-native = NativeLlama.from_model(tiny_llama(dtype=torch.float32))                 # its context: 96 tokens
+native = native_llama(tiny_llama(dtype=torch.float32))                 # its context: 96 tokens
 for length in (98, 120, 161, 400):
     for read in (lambda: list(NativeDecoder(native).generate([[1] * length], 5)),
                  lambda: native(torch.ones(1, 64 + length, dtype=torch.long))):

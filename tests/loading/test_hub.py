@@ -354,7 +354,7 @@ def network(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
         return asked
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)         # as the fuzzer sets it, once it is imported
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     files.unreachable.cache_clear()
     yield start
     files.unreachable.cache_clear()
