@@ -168,11 +168,9 @@ def arguments(argv=None):
 
 def given_prompts(args) -> list:
     """The texts or messages to go on with, each --samples times."""
-    if args.tune:
-        return openings_of(args.tune)
-    given = [] if args.interactive else args.prompt or [OPENING]
-    if args.prompts_file:
-        given = prompts_of(args.prompts_file)
+    if args.tune or args.interactive:
+        return openings_of(args.tune) if args.tune else []
+    given = prompts_of(args.prompts_file) if args.prompts_file else args.prompt or [OPENING]
     return [prompt for prompt in given for _ in range(args.samples)]
 
 def encode(template: Plain, prompts: list, config, skip: bool) -> tuple[list, dict]:

@@ -16,12 +16,11 @@ import hashlib
 import re
 import sys
 from collections import Counter
-from itertools import count, islice, takewhile
+from itertools import count, islice
+from os.path import commonprefix
 from pathlib import Path
-
 import numpy as np
 from tqdm import tqdm
-
 from extras.command_line import ArgumentParser, command_line, row_seed, set_threads, shard
 from extras.options import prepare_options
 from fast import engines
@@ -73,13 +72,15 @@ def add_turn(talk: list, prompt: list, answer: list, eos: list) -> None:
     ids += prompt[len(ids):] + answer[:end]
 
 def rendered(conversations, template: Plain):
-    """Each conversation as it is put to the model; what differs from the prompt for an answer is the answer."""
-    for messages in conversations:
+    """Each conversation as it is put to the model; what differs from the prompt for an answer is the answer. With a
+    conversation come its ids, or None."""
+    for messages, whole in conversations:
         talk = []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt, ids = template.ids(messages[:i]), template.ids(messages[:i + 1], answer=False)
-                same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
+                known, prompt = whole and message is messages[-1], template.ids(messages[:i])
+                ids = whole if known else template.ids(messages[:i + 1], answer=False)
+                same = len(commonprefix([prompt, ids]))
                 add_turn(talk, ids[:same], ids[same:], template.tokenizer.eos)
         yield from (document(part) for part in talk)
 
@@ -151,11 +152,10 @@ def arguments(argv=None):
     return parser.parse_args(argv)
 
 def usable(talks, template: Plain, dropped: Counter):
-    """The conversations that the template can hold."""
+    """The conversations that the template can hold, with their ids."""
     for talk in talks:
         try:
-            template.ids(talk, answer=False)
-            yield talk
+            yield talk, template.ids(talk, answer=False)
         except UserError as error:
             dropped[f"in conversations where {error}"] += len(talk)
 
@@ -167,7 +167,7 @@ def template_of(args, tokenizer: Tokenizer, openings: list) -> Plain:
     return template or (Vicuna if talks else Plain)(tokenizer)
 
 def source_items(args, template: Plain, openings: list, dropped: Counter):
-    """What the source holds: texts, prompts or conversations (lists of messages), split and limited."""
+    """What the source holds: texts, prompts or conversations (messages and their ids or None), split and limited."""
     if args.first_words and (args.sharegpt or args.openings):
         raise UserError("--first-words makes conversations of texts: give --text or --tinystories")
     if (args.heads or args.dtype or args.fast) and not (args.distill or args.openings):
@@ -184,13 +184,15 @@ def source_items(args, template: Plain, openings: list, dropped: Counter):
         items = (item for i, item in enumerate(items) if (i % HELD_OUT == 0) == (args.split == "validation"))
     items = islice(items, args.limit)
     if args.first_words:
-        items = ([{"role": "user", "content": " ".join(text.split(" ")[:args.first_words])},
-                  {"role": "assistant", "content": text}] for text in items)
+        items = (([{"role": "user", "content": " ".join(text.split(" ")[:args.first_words])},
+                   {"role": "assistant", "content": text}], None) for text in items)
     return items
 
 def own_items(args, items) -> dict:
     """What the model of this process continues or answers: seed → opening or messages."""
-    if not (args.sharegpt or args.first_words or args.openings):
+    if args.sharegpt or args.first_words:
+        items = (messages for messages, _ in items)
+    elif not args.openings:
         items = dict.fromkeys(opening(text, args.sentences) for text in items)
     rank, world = shard()
     items = {row_seed(args.seed, i): item for i, item in enumerate(items) if i % world == rank}
@@ -248,9 +250,9 @@ def prepare(args) -> tuple[str, dict]:
     keep_sources([*beside(out), f"{out}.partial"],
                  [args.text, args.sharegpt, args.openings, stories, args.heads, tokenizer.path.parent])
     free = ("model", "out", "device", "threads", "heads", "batch_size", "fast")
-    options = {k: v for k, v in vars(args).items() if v and k not in free}
     source = {"model": model_name(args.model)} | {
-        k: Path(v).name if k in ("text", "sharegpt", "openings") else v for k, v in options.items()}
+        k: Path(v).name if k in ("text", "sharegpt", "openings") else v
+        for k, v in vars(args).items() if v and k not in free}
     if args.distill or args.openings:
         items = own_items(args, items)
         warn_of_dropped(dropped)

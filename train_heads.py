@@ -22,13 +22,11 @@ import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-
 from extras.command_line import ArgumentParser, command_line, set_threads, shard
 from extras.forecast import noise_given, simulate
 from extras.options import HEADS_FIRST, check_train_options, train_options

@@ -22,7 +22,9 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from compare import processor  # noqa: E402
+
 from extras.command_line import command_line, set_threads  # noqa: E402
 from extras.forecast import grow_tree, joint_hits  # noqa: E402
 from extras.tune import own_texts  # noqa: E402
@@ -99,13 +101,6 @@ def table(result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def processor() -> str:
-    """The processor's name as Linux tells it, else the architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT / "model"))
@@ -137,7 +132,7 @@ def main():
     result = {"title": f"{args.name}, {args.threads} thread{'s' * (args.threads > 1)}, batches",
               "command": " ".join(["python", "benchmarks/batch.py", *(Path(a).name if a.startswith("/") else a
                                                                       for a in sys.argv[1:])]),
-              "machine": f"{len(os.sched_getaffinity(0))} cores, {processor()}, Python "
+              "machine": f"{len(os.sched_getaffinity(0))} cores, {processor()['processor']}, Python "
                          f"{platform.python_version()}, torch {torch.__version__}",
               "trees": trees, "rows": []}
     for batch in args.batch_sizes:

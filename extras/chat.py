@@ -2,7 +2,8 @@
 import os
 import sys
 from contextlib import suppress
-from itertools import chain, takewhile
+from itertools import chain
+from os.path import commonprefix
 from extras.command_line import row_seed
 from extras.report import ended, histogram, original_table, printer
 from loading.config import check_prompts
@@ -23,8 +24,7 @@ def keep_prefix(decoder) -> None:
     decoder.cached: these ids; whoever generates sets it to what stays known when the generation ends."""
     prefill, cache = decoder.prefill, decoder.new_cache([[]], decoder.model.config.max_position_embeddings)
     def prefill_rest(prompts: list, cache, recent: int):
-        pairs = zip(prompts[0], decoder.cached, strict=False)
-        kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        kept = len(commonprefix([prompts[0], decoder.cached]))
         decoder.cached = prompts[0][:kept]              # all that is sure if it is interrupted from here on
         return prefill(prompts, cache, recent, max(0, min(kept, len(prompts[0]) - recent)))
     decoder.cached, decoder.prefill, decoder.new_cache = [], prefill_rest, lambda prompts, max_new_tokens: cache

@@ -97,12 +97,6 @@ def candidates(trees: list, costs: list, ranks: list, own: list, batch: int) -> 
                      "step_ms": round(1000 * cost, 4), "tokens_per_second": round(batch * per_step / cost, 1)})
     return rows
 
-def print_candidates(rows: list, best: int, plain: float, batch: int) -> None:
-    print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}\n"
-          f"{1:>5}{0:>7}{1:>13.3f}{1000 * plain:>10.3f}{batch / plain:>10.1f}   plain decoding")
-    for i, row in enumerate(rows):
-        print("{:>5}{:>7}{:>13.3f}{:>10.3f}{:>10.1f}".format(*row.values()) + "   <- best tree" * (i == best))
-
 def tune(model: Llama, template: Plain, openings: list, heads: MedusaHeads | None, path: str, evaluate, args) -> None:
     """Writes to `path`, for this device and --batch-size, the tree with the most expected tokens per second here, or
     the root alone where none beats plain decoding by 3 %. Every second text grows the trees, the others forecast their
@@ -144,5 +138,8 @@ def tune(model: Llama, template: Plain, openings: list, heads: MedusaHeads | Non
     write_json(path, (top if name == "cpu" else top | before) | {"modes": modes})
     if args.json:
         return print(json.dumps({"tree": path, "mode": name, **tuned}))
-    print_candidates(rows, best, plain, batch)
+    print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}\n"
+          f"{1:>5}{0:>7}{1:>13.3f}{1000 * plain:>10.3f}{batch / plain:>10.1f}   plain decoding")
+    for i, row in enumerate(rows):
+        print("{:>5}{:>7}{:>13.3f}{:>10.3f}{:>10.1f}".format(*row.values()) + "   <- best tree" * (i == best))
     print(f"{path}: {tuned['remark']}\n{drawing(trees[best].paths)}")

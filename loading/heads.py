@@ -15,12 +15,13 @@ def find_heads(name_or_path, model_config, revision=None, required=True) -> Chec
     names, and their tensors by the official names; none is read yet. None: not `required`, and a whole model has none
     among its tensors. UserError: the config disagrees, or the model is of another shape."""
     config = read_json(locate(name_or_path, "config.json", revision))
-    config = config if is_whole(config) else official_config(config, model_config.vocab_size)
+    whole = is_whole(config)
+    config = config if whole else official_config(config, model_config.vocab_size)
     check_heads_config(config, name_or_path, model_config)
     source, files = f"heads {name_or_path}", head_files(name_or_path, config, revision)
     found = open_tensors(files, source)
-    official = is_whole(config) or files[0].stem == "medusa_lm_head"
-    if is_whole(config):                                    # the base model's tensors are in the same files
+    official = whole or files[0].stem == "medusa_lm_head"
+    if whole:                                               # the base model's tensors are in the same files
         found = {n: stored for n, stored in found.items() if n.startswith(HEADS_INSIDE)}
         if not (required or found or "medusa_num_heads" in config):
             return None
@@ -31,8 +32,7 @@ def find_heads(name_or_path, model_config, revision=None, required=True) -> Chec
     options = {
         "num_heads": num_heads, "num_layers": num_layers, "tie_lm_head": tied, "width": config.get("medusa_width"),
         "kind": config.get("medusa_kind") or "medusa", "recent": config.get("medusa_recent") or 1,
-        "trunk": config.get("medusa_trunk"),
-        "draft_size": config.get("draft_vocab_size")}
+        "trunk": config.get("medusa_trunk"), "draft_size": config.get("draft_vocab_size")}
     share(found, num_heads, num_layers, config, official)
     if not of_vllm:
         return Checkpoint(source, options, found)

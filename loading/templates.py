@@ -125,8 +125,8 @@ def own_template(name_or_path, tokenizer, revision=None) -> str | None:
     if isinstance(templates, list) and all(isinstance(t, dict) for t in templates):
         templates = {t.get("name"): t.get("template") for t in templates}
     folder = Path(name_or_path).expanduser() / ADDITIONAL
-    files = {"default": find("chat_template.jinja")} | {path.stem: path for path in folder.glob("*.jinja")}
-    files["default"] = find(f"{ADDITIONAL}/default.jinja") or files["default"]
+    default = find(f"{ADDITIONAL}/default.jinja") or find("chat_template.jinja")
+    files = {path.stem: path for path in folder.glob("*.jinja")} | {"default": default}
     if any(files.values()):
         templates = {name: "".join(read_lines(path)) for name, path in files.items() if path}
     if isinstance(templates, dict) and "default" not in templates:

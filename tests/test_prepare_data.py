@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from loading.files import write_json
 from loading.templates import SYSTEM, Vicuna, load_template
 from loading.tokenizer import Tokenizer
 from loading.trees import published_tree
-from prepare_data import answered_anew, continuations, continued, opening, rendered, tokenised
+from prepare_data import answered_anew, continuations, continued, opening, rendered, tokenised, usable
 from tinymedusa import Decoder, PlainDecoder, Sampling, Tree
 from variants import batches
 
@@ -71,7 +72,7 @@ def test_special_tokens_in_a_text_are_text(tmp_path, tokenizer, cli, tiny_folder
 
 def test_the_template_and_its_loss(tokenizer):
     """vicuna_v1.1 to the letter, and loss on the answers with their leading space and eos, on nothing else."""
-    document, = rendered(iter([messages(["What is 2 squared?", "Four."], ["And of four?", "Sixteen <s>."])]),
+    document, = rendered(iter([(messages(["What is 2 squared?", "Four."], ["And of four?", "Sixteen <s>."]), None)]),
                          Vicuna(tokenizer))
     ids, loss = document.ids, document.loss
     system = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -133,7 +134,8 @@ def test_a_template_that_rewrites_earlier_turns_gives_several_documents(template
     """Each answer is learned once, behind the prompt that the model gets for it."""
     tokenizer = templated(CHATML.replace("m.content", "(m.content if loop.last or m.role == 'user' else '..')"))
     template = load_template(tiny_folder, tokenizer)
-    found = [pieces(d, tokenizer) for d in rendered([messages("ab", "cd", "ef")], template)]
+    talk = messages("ab", "cd", "ef")
+    found = [pieces(d, tokenizer) for d in rendered([(talk, template.ids(talk, answer=False))], template)]
     heads = ["<|user|>a<|end|>\n<|assistant|>", "..<|end|>\n<|user|>c<|end|>\n<|assistant|>",
              "..<|end|>\n<|user|>e<|end|>\n<|assistant|>"]
     assert found == [[("".join(heads[:i + 1]), False), (f"{'bdf'[i]}<|end|>", True)] for i in range(3)]
@@ -150,6 +152,17 @@ def test_a_conversation_that_the_template_refuses_is_left_out(templated, tmp_pat
         assert status == 0 and pieces(document, tokenizer)[0] == ("<|user|>c<|end|>\n<|assistant|>", False)
         assert "3 turns are left out: 3 in conversations where the chat template of tiny " \
             "can't be used here: no system" in err
+
+
+def test_a_conversation_is_rendered_once_as_a_whole(templated, tiny_folder):
+    """To see whether the template takes it; its last answer is learned from the same ids."""
+    template = load_template(tiny_folder, templated(CHATML))
+    asked, ids = [], template.ids
+    template.ids = lambda messages, answer=True: asked.append((len(messages), answer)) or ids(messages, answer)
+    talks = [messages("ab", "cd"), messages("ef")]
+    documents = list(rendered(usable(talks, template, Counter()), template))
+    assert asked == [(4, False), (1, True), (2, False), (3, True), (2, False), (1, True)]
+    assert [d.ids.tolist() for d in documents] == [ids(talk, answer=False)[:-1] for talk in talks]
 
 
 @pytest.mark.parametrize("rewrites", [False, True])
