@@ -79,8 +79,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str], bos: bool = True) -> list[list[int]]:
         """Ids of each text, bos first."""
-        texts = list(map(self.before, texts))
         with self.reading(f"{self.path} can't encode this text"):
+            texts = list(map(self.before, texts))
             encoded = [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=bos)]
         encoded = [self.unwritten + ids for ids in encoded] if bos else encoded
         largest = max((max(ids, default=0) for ids in encoded), default=0)
