@@ -186,6 +186,8 @@ def encode(template: Plain, prompts: list, config, skip: bool) -> tuple[list, di
             encoded[i] = template.prompt(prompt)
             check_prompts([encoded[i]], config)
         except UserError as error:
+            if isinstance(prompt, list) and template.name == "plain":
+                raise                                           # there is no template: not this prompt's fault
             wrong[i] = error
     if len(wrong) == len(prompts):
         raise wrong[i]

@@ -6,8 +6,7 @@ from loading.trees import draw
 from tinymedusa import Decoder
 
 def explaining(decoder: Decoder, tokenizer: Tokenizer, prompt_ids: list):
-    """Watch a decoder (one row) → what to call for `emit`: it tells what each step drafts, what the base model samples,
-    what is kept."""
+    """Watch a decoder (one row) → what to call for `emit`: it tells what each step drafts, samples and keeps."""
     text, tree, number = list(prompt_ids), decoder.tree, -1      # all tokens so far, the last one not yet in the cache
     steps, emit = recording(decoder, lambda text, head: None)
     def shown(token: int, before: list) -> str:

@@ -134,8 +134,8 @@ def tune(model: Llama, template: Plain, openings: list, heads: MedusaHeads | Non
     entry = with_temperatures(found | {args.temperature: tuned})
     plain_entries = {t: {"paths": e["paths"], "sampling": {"temperature": t}} for t, e in by_temperature(entry).items()}
     top = with_temperatures(plain_entries)          # for library users and other devices
-    modes = before.get("modes", {}) | {name: entry}
-    write_json(path, (top if name == "cpu" else top | before) | {"modes": modes})
+    top = top if name == "cpu" else top | before
+    write_json(path, top | {"modes": before.get("modes", {}) | {name: entry}})
     if args.json:
         return print(json.dumps({"tree": path, "mode": name, **tuned}))
     print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}\n"

@@ -52,8 +52,7 @@ def one_dialect(data: dict) -> dict:
     return (MISTRAL if model_type == "mistral" else {}) | data | IGNORED[model_type]
 
 def check_config(data: dict, defaults: dict, context: int | None) -> dict:
-    """The contents of a config.json → the checked fields of LlamaConfig, whose `defaults` are given; context: as
-    requested, None: the model's own."""
+    """A config.json's contents → the fields of LlamaConfig, checked; its `defaults`. context None: the model's own."""
     data = one_dialect(data)
     c = defaults | {"num_key_value_heads": None, "head_dim": None, "eos_token_id": 2}
     c |= {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
