@@ -72,7 +72,7 @@ def add_turn(talk: list, prompt: list, answer: list, eos: list) -> None:
     ids += prompt[len(ids):] + answer[:end]
 
 def rendered(conversations, template: Plain):
-    """Each (conversation, its ids or None) as it is put to the model; what differs from an answer's prompt is the answer."""
+    """Each (conversation, its ids or None) as it is put to the model; what differs from an answer's prompt is that."""
     for messages, whole in conversations:
         talk = []
         for i, message in enumerate(messages):

@@ -152,10 +152,10 @@ def head_results(heads: MedusaHeads, batch: Batch, hidden: Tensor, teacher=None,
             losses = torch.where(written_at == 0, losses, soft)         # greedy text: all of the mass is on its token
         yield losses.sum(1), logits.detach(), labels, later
 
-def keep_hidden(model: Llama, path, documents: list, batch_tokens: int) -> None:
+def keep_hidden(model: Llama, path, documents: list, batch_tokens: int, bf16: bool) -> None:
     """Gives all documents of a token file the base model's hidden states, so that it is run over a text only once: in
     float16 from the file beside it, where what is missing is computed. A row's first state is written last."""
-    states, begin, (rank, world) = hidden_file(model, path, sum(map(len, documents))), 0, shard()
+    states, begin, (rank, world) = hidden_file(model, path, sum(map(len, documents)), bf16), 0, shard()
     for d in documents:
         d.hidden = states[begin:begin + len(d)]
         begin += len(d)
@@ -163,7 +163,7 @@ def keep_hidden(model: Llama, path, documents: list, batch_tokens: int) -> None:
     missing = [row for row in rows if not row.hidden[0].any()]
     for rows in tqdm(length_batches(missing, batch_tokens, 0), desc="hidden states", disable=rank > 0 or not missing):
         ids = make_batch(rows, 1).ids.to(model.norm.weight.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
             hidden = model(ids).clamp(-65504, 65504).to("cpu", torch.float16).numpy()               # [B, T, H]
         for row, new in zip(rows, hidden, strict=True):
             row.hidden[1:] = new[1:len(row)]
@@ -172,7 +172,9 @@ def keep_hidden(model: Llama, path, documents: list, batch_tokens: int) -> None:
 
 def teacher_of(model: Llama, heads: MedusaHeads):
     """The base model's logits for the ids that the heads may draft, from its hidden states."""
-    return lambda hidden: draftable(heads, model.lm_head(hidden.to(model.norm.weight.dtype)))
+    token_map, weight = token_map_of(heads), model.lm_head.weight
+    weight = weight if token_map is None else weight[token_map]
+    return lambda hidden: F.linear(hidden.to(weight.dtype), weight)
 
 @torch.no_grad()
 def base_loss(model: Llama, hidden: Tensor, labels: Tensor) -> float:
@@ -361,7 +363,7 @@ def split(args, tokenizer: Tokenizer, model: Llama) -> tuple[list, list]:
     files, context = {path: read_tokens(path, tokenizer) for path in args.data}, model.config.max_position_embeddings
     if not (args.eval or args.pack or args.medusa_2):       # packed rows see each other, --medusa-2 changes the base
         for path, documents in files.items():
-            keep_hidden(model, path, documents, args.batch_tokens)
+            keep_hidden(model, path, documents, args.batch_tokens, args.bf16)
     documents = [d for found in files.values() for d in found if len(d) > 2]
     if args.eval:
         return [], cut(documents, context)
@@ -386,7 +388,11 @@ def untrained(args, model: Llama, documents: list) -> MedusaHeads:
     heads = build_heads(model, args.num_heads, args.num_layers, args.kind, args.width, args.recent, args.tie_lm_head,
                         args.trunk, token_map)
     weight = model.norm.weight
-    return heads.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    heads = heads.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    if args.draft_vocab and not args.medusa_2:          # the base model stays as it is
+        with torch.no_grad():
+            heads.freeze()
+    return heads
 
 def main():
     args = arguments()

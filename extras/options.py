@@ -157,7 +157,7 @@ def train_options(parser: ArgumentParser) -> None:
     add("--batch-tokens", type=number(int, 1), default=4096)
     add("--accumulate", type=number(int, 1), default=1, help="batches per step")
     add("--pack", type=number(int, 8), metavar="LENGTH", help="rows of this length, cut from the stream of documents")
-    flag("--bf16", "bfloat16 autocast")
+    flag("--bf16", "bfloat16 autocast, for the base model too")
     add("--tree-nodes", type=number(int, 1, LARGEST), default=15, help="of tree.json, the root not counted")
     flag("--resume", "go on from the checkpoint in --out")
     add("--save-every", type=number(int, 1), default=500, help="steps between checkpoints")

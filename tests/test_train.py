@@ -431,6 +431,11 @@ def test_kept_hidden_states_are_of_this_text_and_model(stories, tiny_folder, tmp
         with torch.no_grad():
             hidden = model(torch.from_numpy(ids[begin:end].astype(np.int64))[None])[0]
         assert np.abs(hidden.numpy() - states[begin:end]).max() < 4e-3
+    assert run("--bf16")[0] == 0                                                 # the pass over the text, too
+    (rounded,) = {*tmp_path.glob("s.bin.hidden-*")} - {kept}
+    off = np.abs(np.fromfile(rounded, np.float16).astype(float) - states.flatten())
+    assert 1e-3 < off.mean() < 0.03 * np.abs(states.astype(float)).mean()
+    rounded.unlink()
     write("--limit", 29)
     assert run()[0] == 0 and len(list(tmp_path.glob("s.bin.hidden-*"))) == 2
     with torch.no_grad():

@@ -19,7 +19,7 @@ def test_no_question_is_both_learned_and_measured(tmp_path):
     script.with_suffix(".jsonl").write_text("\n".join([everything[0], everything[7]]))
     assert written(38) == everything[1:7] + everything[8:]
     script.with_suffix(".jsonl").write_text(HELD_OUT.read_text(encoding="utf-8"))
-    learned, held_out = written(8200), HELD_OUT.read_text(encoding="utf-8").splitlines()
+    learned, held_out = written(8100), HELD_OUT.read_text(encoding="utf-8").splitlines()
     assert learned[8000:] == TUNE.read_text(encoding="utf-8").splitlines()      # behind the 8,000 that are trained on
-    assert len({*learned, *held_out}) == 8250
+    assert len({*learned, *held_out}) == 8150
     assert all(json.loads(line)["messages"][0]["role"] == "user" for line in (*learned, *held_out))
