@@ -46,8 +46,7 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, data: dict, context: int | None = None) -> "LlamaConfig":
-        """From the contents of a config.json, old spelling or new; context None: the file's. UserError: not a Llama, or
-        an invalid value."""
+        """From a config.json's contents, old spelling or new; context None: its own. UserError: not that of a Llama."""
         return cls(**check_config(data, asdict(cls()), context))
 
     @classmethod

@@ -175,10 +175,9 @@ def source_items(args, template: Plain, openings: list, dropped: Counter):
         items = usable(conversations(args.sharegpt, dropped), template, dropped)
     elif args.openings:
         items = openings
-    elif args.tinystories:
-        items = texts(locate(args.tinystories, TINYSTORIES[args.split or "train"], repo_type="dataset"), args.separator)
     else:
-        items = texts(args.text, args.separator)
+        stories = args.tinystories and locate(args.tinystories, TINYSTORIES[args.split or "train"], repo_type="dataset")
+        items = texts(stories or args.text, args.separator)
     if args.split and not args.tinystories:
         items = (item for i, item in enumerate(items) if (i % HELD_OUT == 0) == (args.split == "validation"))
     items = islice(items, args.limit)

@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,16 +143,7 @@ def ours(folder, args, native=None):
     return run
 
 
-def native_f32(folder, args):
-    return ours(folder, args, "f32")
-
-
-def native_bf16(folder, args):
-    return ours(folder, args, "bf16")
-
-
-def native_int8(folder, args):
-    return ours(folder, args, "int8")
+native_f32, native_bf16, native_int8 = (partial(ours, native=kind) for kind in NATIVE)
 
 
 def known_hits(heads: Path) -> dict:
@@ -341,16 +333,9 @@ def llama_cpp(folder, args, flash=True, kind="float32"):
     return run
 
 
-def llama_cpp_no_flash(folder, args):
-    return llama_cpp(folder, args, flash=False)
-
-
-def llama_cpp_bf16(folder, args):
-    return llama_cpp(folder, args, kind="bfloat16")
-
-
-def llama_cpp_q8(folder, args):
-    return llama_cpp(folder, args, flash=False, kind="q8_0")
+llama_cpp_no_flash = partial(llama_cpp, flash=False)
+llama_cpp_bf16 = partial(llama_cpp, kind="bfloat16")
+llama_cpp_q8 = partial(llama_cpp, flash=False, kind="q8_0")
 
 
 def ctranslate2(folder, args):

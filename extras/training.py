@@ -185,11 +185,9 @@ def report(result: dict) -> str:
                   "head   loss  " + "".join(f"{f'top-{r}':>7}" for r in range(1, 11))]
         lines += [f"{k:>4}{number(loss)}  " + "".join(map(number, top or []))
                   for k, (loss, top) in enumerate(zip(found["head_loss"], found["top"], strict=True), 1)]
-        lines += accepted(found["acceptance"])
+        tree = found["acceptance"]
+        lines += [f"tree of {tree['nodes']} nodes, root included: {tree['tokens_per_step']} tokens per step",
+                  "  = new tokens behind the first / steps, had the model written these very documents (prompts given)",
+                  "steps that accept at least 0, 1, .. drafts: " + " ".join(f"{v:.3f}" for v in tree["depth_reach"]),
+                  "steps that accept the node: " + "  ".join(f"[{n}] {v:.3f}" for n, v in tree["node_reach"].items())]
     return "\n".join(lines)
-
-def accepted(found: dict) -> list[str]:
-    return [f"tree of {found['nodes']} nodes, root included: {found['tokens_per_step']} tokens per step",
-            "  = new tokens behind the first / steps, had the model written these very documents (prompts given)",
-            "steps that accept at least 0, 1, .. drafts: " + " ".join(f"{v:.3f}" for v in found["depth_reach"]),
-            "steps that accept the node: " + "  ".join(f"[{n}] {v:.3f}" for n, v in found["node_reach"].items())]

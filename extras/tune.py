@@ -36,8 +36,7 @@ def own_texts(model: Llama, template: Plain, openings: list, args) -> list[Docum
     return [document((prompt, False), (new[i], True)) for i, prompt in enumerate(prompts)]
 
 def step_times(makers: dict, prompts: list, count: int, rounds: int = 1) -> dict:
-    """Seconds of each of some whole decoding steps behind the prompts, drafting included, `count` of each decoder in a
-    round: name → a function that makes a decoder → name → times."""
+    """Seconds of `count` whole decoding steps a round behind the prompts: name → a decoder's maker → name → times."""
     found = {name: [] for name in makers}
     for name, make in list(makers.items()) * rounds:
         steps = islice(make().generate(prompts, 20 * count), count + 1)

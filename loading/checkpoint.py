@@ -147,9 +147,8 @@ def open_tensors(files, source: str) -> dict[str, Stored]:
         for name, t in open_file(file, source).items():
             if name in found:
                 raise UserError(f"{source}: {name} is in {found[name].file} and in {file}: which one is meant?")
-            plain = isinstance(t, Tensor)
-            found[name] = Stored(file, tuple(t.shape if plain else t.get_shape()), t.dtype if plain else t.get_dtype(),
-                                 name)
+            shape, dtype = (t.shape, t.dtype) if isinstance(t, Tensor) else (t.get_shape(), t.get_dtype())
+            found[name] = Stored(file, tuple(shape), dtype, name)
     return found
 
 def save(folder, fields: dict, parameters: dict[str, Tensor], dtype: torch.dtype | None) -> None:

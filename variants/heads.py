@@ -158,8 +158,7 @@ class HydraHeads(StrongHeads):
         for k, (parents, way, pick, ranks) in enumerate(levels_of(tuple(tree.paths), self.first, x.device), 1):
             start, seen = (t[:, k - 1:k].expand(-1, parents, -1) for t in (x, z))           # for each parent [B, M, ..]
             if len(way):
-                last = drafts[-1]
-                new = self.embedded(ids_of(self, last)) if self.drafted is None else self.drafted[last]
+                new = self.embedded(ids_of(self, drafts[-1])) if self.drafted is None else self.drafted[drafts[-1]]
                 embedded = torch.cat((embedded, new), dim=1)
                 tokens = embedded.index_select(1, way).view(len(x), parents, -1)
                 seen = torch.cat((seen, tokens), dim=-1)
