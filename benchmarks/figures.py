@@ -34,7 +34,6 @@ RESULTS, FIGURES, TREE = ROOT / "docs" / "results", ROOT / "docs" / "figures", R
 MACHINE = "2 cores of an AMD EPYC (Zen 4), Python 3.11.7, torch 2.13.0 CPU"       # of all results saved so far
 SHAPES = {"model": "embedded model", "v0": "padded v0", "110M": "padded 110M", "smollm2": "SmolLM2-135M-Instruct",
           "1B": "padded 1B"}
-PARAMETERS = {"model": 1_050_688, "110M": 134_105_856, "1B": 1_261_529_088}
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#999999"     # Okabe and Ito
 COMPARE = "python benchmarks/compare.py SHAPE (options: docs/speed.md)"
 LINES = {"eager": "-", "native f32": "--", "native bf16": ":"}
@@ -119,52 +118,6 @@ def peers() -> None:
     figure.suptitle("one prompt at a time, greedy, medians with quartiles: ours blue, peers orange, with loss hatched")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     saved(figure, "peers", COMPARE)
-
-
-def speedups(name: str) -> dict:
-    """Engine and weights → Medusa's tokens per second over those of plain decoding with the same weights."""
-    found = {}
-    for row in read_json(RESULTS / f"{name}.json")["rows"]:
-        if row["row"].startswith("ours, Medusa") and "published" not in row["row"] and "to_own_plain" in row:
-            found[f"native {row['precision']}" if "native" in row["row"] else "torch"] = row["to_own_plain"]
-    return found
-
-
-def pay() -> None:
-    """Medusa over plain decoding of the same engine and weights: by model size, and one factor at a time."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(1, 1.25))
-    sizes, real = {name: speedups(f"native-{name}") for name in PARAMETERS}, speedups("smollm2")
-    for mode, colour in zip(("torch", "native f32", "native bf16", "native int8"), (GREY, BLUE, GREEN, ORANGE),
-                            strict=True):
-        points = [(PARAMETERS[name], found[mode]) for name, found in sizes.items() if mode in found]
-        left.plot(*zip(*points, strict=True), marker="o", color=colour, label=mode)
-        left.plot([134_515_008], [real.get(mode)], marker="*", markersize=13, color=colour, markeredgecolor="black")
-    left.set(xscale="log", xlabel="parameters", xticks=list(PARAMETERS.values()),
-             xticklabels=["1M", "134M", "1.3B"], ylabel="Medusa / plain decoding, tokens per second",
-             title="model size: ours, padded (stars: SmolLM2-135M)")
-    by = {"engine, weights": sizes["110M"]}
-    batches_of = read_json(RESULTS / "batch-110M-fast.json")["rows"]
-    speed = lambda rows: max(r["tokens_per_second"] for r in rows)
-    by["batch, native f32"] = {f"batch {size}": speed(r for r in batches_of if r["batch"] == size and r["nodes"] > 1) /
-                               speed(r for r in batches_of if r["batch"] == size and r["nodes"] == 1)
-                               for size in (1, 4, 16)}
-    by["temperature, native f32"] = {f"T {row['temperature']}": row["speed-up"] for row in
-                                     read_json(RESULTS / "temperatures-110M.json")["rows"]}
-    x = 0
-    for (title, bars), colour in zip(by.items(), (BLUE, ORANGE, GREEN), strict=True):
-        places = range(x, x + len(bars))
-        right.bar(places, bars.values(), color=colour, label=title)
-        for place, (name, value) in zip(places, bars.items(), strict=True):
-            right.text(place, value, f"{value:.2f}", ha="center", va="bottom", fontsize=8)
-            right.text(place, 0.03, name, ha="center", va="bottom", fontsize=7, rotation=90, color="white")
-        x += len(bars) + 1
-    right.set(xticks=[], title="padded 110M, one factor at a time")
-    for axis in (left, right):
-        axis.axhline(1, color="black", linewidth=1)
-        axis.legend(fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    saved(figure, "pay", f"{COMPARE}; benchmarks/batch.py; benchmarks/acceptance.py: docs/does-medusa-pay.md")
 
 
 def depth() -> None:
