@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = """
-import atexit, fcntl, gc, json, os, resource, runpy, signal, socket, sys, termios, traceback
+import atexit, fcntl, gc, io, json, os, resource, runpy, signal, socket, sys, termios, traceback
 import generate, prepare_data, torch, train_heads
 torch.optim.AdamW([generate.Llama.from_pretrained("model").norm.weight]).step()         # which import more of torch
 gc.freeze()                                     # a collection would copy all pages of a child
@@ -46,15 +46,19 @@ command, folder, environment, terminal, largest = json.loads(message)
 for number, fd in enumerate(streams):
     os.dup2(fd, number)
     os.close(fd)
-sys.stdout.reconfigure(line_buffering=os.isatty(1))
+os.environ.clear()
+os.environ.update(environment)
+unbuffered, sys.stdin = "PYTHONUNBUFFERED" in environment, open(0)
+sys.stdout, sys.stderr = (
+    io.TextIOWrapper(open(fd, "wb", 0 if unbuffered else -1), errors=errors, line_buffering=lines,
+                     write_through=unbuffered)
+    for fd, errors, lines in ((1, "strict", os.isatty(1)), (2, "backslashreplace", True)))
 if terminal:                                    # so that its Ctrl-C comes here
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 if largest:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 os.chdir(folder)
-os.environ.clear()
-os.environ.update(environment)
 signal.signal(signal.SIGINT, signal.SIG_DFL)    # as the scripts' first lines do
 status = 1
 try:

@@ -229,5 +229,6 @@ def test_two_runs_that_write_the_same_file(work):
     assert status == 2 and "another training is writing to h: give --out another folder" in err
     first.send_signal(signal.SIGTERM)
     assert first.wait(20) == 130
-    status, err, _, _ = run(*does["train"], "--epochs", 4000, "--resume", folder=folder, delay=0.5, number=signal.SIGINT)
+    status, err, _, _ = run(*does["train"], "--epochs", 4000, "--resume", folder=folder, delay=0.5,
+                            number=signal.SIGINT)
     assert status == 130 and (folder / "h/checkpoint.pt").exists()

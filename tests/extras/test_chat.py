@@ -7,14 +7,13 @@ import pty
 import re
 import select
 import shutil
-import signal
 import stat
 import struct
-import subprocess
 import sys
 import termios
 import time
 
+import forked
 import pytest
 import torch
 from conftest import MODEL, ROOT, byte_tokenizer, save_heads, tiny_heads, tiny_llama
@@ -38,17 +37,10 @@ class Terminal:
     def __init__(self, *args, env=None):
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 50, 1000, 0, 0))       # no line is broken
-        self.process = subprocess.Popen(
-            [sys.executable, ROOT / "generate.py", "--interactive", "--threads", "1", *map(str, args)], stdin=slave,
-            stdout=slave, stderr=slave, close_fds=True, start_new_session=True,
-            preexec_fn=self.own_terminal,
+        self.process = forked.Process(
+            ROOT / "generate.py", "--interactive", "--threads", "1", *args, streams=[slave] * 3, terminal=True,
             env=os.environ | {"TERM": "dumb", "NO_COLOR": ""} | (env or {}))
         os.close(slave)
-
-    @staticmethod
-    def own_terminal() -> None:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)                                     # so that Ctrl-C reaches it,
-        signal.signal(signal.SIGINT, signal.SIG_DFL)                             # though these tests may ignore it
 
     def until(self, text: str, seconds=120, last=True) -> str:
         """What is printed up to this text, behind which nothing more comes for a while; or up to its first sight."""
