@@ -12,6 +12,8 @@ import struct
 import sys
 import termios
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import forked
 import pytest
@@ -43,9 +45,9 @@ class Terminal:
         os.close(slave)
 
     def until(self, text: str, seconds=120, last=True) -> str:
-        """What is printed up to this text, behind which nothing more comes for a while; or up to its first sight."""
+        """What is printed up to this text, behind which it waits for input; or up to its first sight."""
         read, end = "", time.monotonic() + seconds
-        while not (read.endswith(text) and not select.select([self.master], [], [], 0.3)[0] if last else text in read):
+        while not (read.endswith(text) and self.waits() if last else text in read):
             if not select.select([self.master], [], [], max(0, end - time.monotonic()))[0]:
                 raise AssertionError(f"no {text!r} in {read!r}")
             try:
@@ -58,6 +60,17 @@ class Terminal:
                 raise AssertionError(f"ended before {text!r}: {read!r}")
             read += data.decode(errors="replace").replace("\r\n", "\n")
         return read.removesuffix(text)
+
+    def waits(self) -> bool:
+        """Nothing comes, and it sleeps; or nothing comes for a while."""
+        for _ in range(15):
+            comes = select.select([self.master], [], [], 0.02)[0]
+            with suppress(FileNotFoundError):                                    # ended meanwhile
+                asleep = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+                comes = comes or asleep and select.select([self.master], [], [], 0.02)[0]
+                if comes or asleep:
+                    return not comes
+        return True
 
     def say(self, line: str, until: str) -> str:
         """What is printed between the line (echoed) and `until`."""
