@@ -1,8 +1,12 @@
 """Tiny models with vocabularies so small that even random heads get accepted; no weights, milliseconds."""
+import os
 import random
 import shutil
 import sys
 from pathlib import Path
+
+# commands don't time how many threads are best unless --threads auto is given: beside another test that takes long
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -109,10 +113,13 @@ def cli(monkeypatch, capfd):
         module = __import__(script)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
         threads, status = torch.get_num_threads(), 0
-        try:
-            command_line(module.main)
-        except SystemExit as stop:
-            status = stop.code
+        with monkeypatch.context() as patch:
+            if "auto" in args:
+                patch.delenv("OMP_NUM_THREADS", raising=False)
+            try:
+                command_line(module.main)
+            except SystemExit as stop:
+                status = stop.code
         torch.set_num_threads(threads)
         return status, *capfd.readouterr()
     return run

@@ -138,6 +138,7 @@ def test_a_tree_for_each_temperature(tiny_folder, tmp_path, cli, monkeypatch):
     monkeypatch.setattr("extras.tune.step_seconds", lambda model, heads, trees, ids, args: [
         0.001 * (1 if tree is None else 1 + len(tree.paths) / 200) for tree in trees])
     monkeypatch.setattr("extras.tune.NODES", (2, 8))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)                         # --threads auto, by default
     with_good_heads(tiny_folder)
     (tmp_path / "o.txt").write_text("\n".join(f"the dog{' x' * i}" for i in range(12)))
     tree = tiny_folder / "medusa" / "tree.json"
