@@ -25,6 +25,13 @@ from loading.trees import read_tree
 from tinymedusa import Tree
 from variants.heads import load_heads
 
+# with constants by which it is quick, though other tests disturb its timings
+TUNE = f"""
+import extras.tune, runpy
+extras.tune.NODES, extras.tune.ROUNDS = (2, 4, 8), 2
+runpy.run_path({str(ROOT / "generate.py")!r}, run_name="__main__")
+"""
+
 
 def run(script, *argv, folder, delay=0.0, number=0, largest=0):
     """→ exit status, stderr, stdout, seconds (behind the signal, if it gets one: after a delay, or when a log has
@@ -37,7 +44,8 @@ def run(script, *argv, folder, delay=0.0, number=0, largest=0):
         process.send_signal(number)
         begin = time.perf_counter()
     begin = time.perf_counter()
-    done = forked.run(ROOT / f"{script}.py", *argv, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    command = ["-c", TUNE] if "--tune" in argv else [ROOT / f"{script}.py"]
+    done = forked.run(*command, *argv, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
                       meanwhile=stop if number else None, largest=largest)
     return done.returncode, done.stderr, done.stdout, time.perf_counter() - begin
 

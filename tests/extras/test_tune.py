@@ -43,7 +43,7 @@ def test_the_forecast_at_a_temperature_is_within_3_percent(kind, limits, tiny_fo
     assert status == 0, err
     tuned = json.loads((tiny_folder / "medusa" / "tree.json").read_text())["modes"]["cpu"]
     forecast = next(c["tokens_per_step"] for c in tuned["candidates"] if c == tuned["chosen"])
-    results = run_json(cli, *options, "--prompts-file", tmp_path / "o.txt", "--batch-size", 64, "--seed", 1000)
+    results = run_json(cli, *options, "--prompts-file", tmp_path / "o.txt", "--batch-size", 300, "--seed", 1000)
     new, steps = (sum(r[key] for r in results) for key in ("new_tokens", "steps"))
     measured = (new - len(results)) / steps
     print(f"{kind} {limits}: forecast {forecast}, measured {measured:.4f}, {steps} steps")
