@@ -5,7 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
-# commands don't time how many threads are best unless --threads auto is given: beside another test that takes long
+# so that a command doesn't time how many threads are best, which takes long beside another test; `cli` lets it do so
+# where `auto` is among the arguments, and test_readme.py in the first command of each script
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest

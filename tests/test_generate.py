@@ -39,8 +39,8 @@ def chosen(logits, text, noise, sampling, penalty):
 def naive(model, prompt, new_tokens, sampling, seed, eos, penalty=1.0, written=None):
     """Plain decoding as its definition: the whole text again for every token, no cache, nothing in a batch.
 
-    Of a text that was `written` it is all that one forward can tell: the same text, or where that is another, up to
-    and with the first token that should have been written.
+    written: what is believed to be that text. One forward over it has the logits of all its tokens: the result is the
+    same, but ends with the first token that differs from `written`.
     """
     text, context = list(prompt), model.config.max_position_embeddings
     noise = gumbel_noise(torch.tensor([seed]), torch.arange(new_tokens)[None], model.config.vocab_size)[0].tolist()

@@ -172,7 +172,7 @@ def test_kill_9_loses_no_more_than_the_last_interval(work):
     assert status == 0, err
     shutil.rmtree(folder / "h")
     status, *_ = run(*does["train"], "--log-every", 1, folder=folder, delay=folder / "h/metrics.jsonl",
-                        number=signal.SIGKILL)
+                     number=signal.SIGKILL)
     assert status == -signal.SIGKILL and not (folder / "h/config.json").exists()
     logged = [json.loads(line)["step"] for line in (folder / "h/metrics.jsonl").read_text().splitlines()]
     status, err, out, _ = run(*does["train"], "--log-every", 1, "--resume", "--json", folder=folder)
