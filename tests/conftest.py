@@ -1,7 +1,13 @@
 """Tiny models with vocabularies so small that even random heads get accepted; no weights, milliseconds."""
+import os
 import random
+import shutil
 import sys
 from pathlib import Path
+
+# so that a command doesn't time how many threads are best, which takes long beside another test; `cli` lets it do so
+# where `auto` is among the arguments, and test_readme.py in the first command of each script
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -82,15 +88,23 @@ def byte_tokenizer(path, vocab_size=300) -> Tokenizer:
     return tokenizer
 
 
-@pytest.fixture
-def tiny_folder(tmp_path) -> Path:
-    """A whole model folder, with heads in `medusa/`."""
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Path:
+    """The folder that every `tiny_folder` is a copy of."""
+    folder = tmp_path_factory.mktemp("made_once")
     model = tiny_llama(dtype=torch.float32, vocab_size=300, max_position_embeddings=64)
-    model.save(tmp_path / "tiny")
-    byte_tokenizer(tmp_path / "tiny" / "tokenizer.json")
-    write_json(tmp_path / "tiny" / "generation_config.json", {"eos_token_id": 2})
-    save_heads(tiny_heads(model, 3), tmp_path / "tiny" / "medusa", model)
-    return tmp_path / "tiny"
+    model.save(folder)
+    byte_tokenizer(folder / "tokenizer.json")
+    write_json(folder / "generation_config.json", {"eos_token_id": 2})
+    save_heads(tiny_heads(model, 3), folder / "medusa", model)
+    return folder
+
+
+@pytest.fixture
+def tiny_folder(made_once, tmp_path) -> Path:
+    """A whole model folder, with heads in `medusa/`."""
+    torch.manual_seed(1)                        # as if made here
+    return Path(shutil.copytree(made_once, tmp_path / "tiny"))
 
 
 @pytest.fixture
@@ -100,10 +114,13 @@ def cli(monkeypatch, capfd):
         module = __import__(script)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
         threads, status = torch.get_num_threads(), 0
-        try:
-            command_line(module.main)
-        except SystemExit as stop:
-            status = stop.code
+        with monkeypatch.context() as patch:
+            if "auto" in args:
+                patch.delenv("OMP_NUM_THREADS", raising=False)
+            try:
+                command_line(module.main)
+            except SystemExit as stop:
+                status = stop.code
         torch.set_num_threads(threads)
         return status, *capfd.readouterr()
     return run

@@ -5,9 +5,11 @@ import pytest
 from conftest import MODEL, ROOT, tiny_llama
 
 import generate
-from llama import LlamaConfig
+from extras.compare import first_difference
+from llama import Llama, LlamaConfig
 from loading.files import write_json
 from loading.tokenizer import Tokenizer
+from loading.trees import parse_tree
 
 
 def test_streamed_text_is_whole_characters_and_nothing_is_lost():
@@ -143,12 +145,22 @@ def test_the_first_command_of_the_readme(cli):
         assert f"\n{stage} " in out
 
 
-def test_the_embedded_heads_reach_the_promised_tokens_per_step(cli, monkeypatch):
+def test_the_embedded_heads_reach_the_promised_tokens_per_step(cli, monkeypatch, tmp_path):
+    """Ten held-out openings, all in a batch by the tree for one prompt, the first one alone too."""
     monkeypatch.setattr("extras.compare.REPEATS", 1)
     openings = (ROOT / "benchmarks" / "openings.txt").read_text().splitlines()[:10]
-    args = [a for o in openings for a in ("--prompt", o)]
-    results = run_json(cli, *args, "--compare", "--max-new-tokens", 200, "--threads", 1)
-    assert all(r["identical"] or r["first_difference"]["margin"] < 1e-4 for r in results)
+    (tmp_path / "o.txt").write_text("\n".join(openings))
+    options = ["--max-new-tokens", 200, "--threads", 1]
+    batch = [*options, "--prompts-file", tmp_path / "o.txt", "--batch-size", 10]
+    alone, = run_json(cli, *options, "--prompt", openings[0], "--compare")
+    results = run_json(cli, *batch, "--tree", json.dumps(parse_tree(MODEL / "medusa" / "tree.json", "cpu")[0]))
+    model, args = Llama.from_pretrained(MODEL), generate.arguments([])
+    tokenizer = Tokenizer(MODEL, model.config)
+    differences = [alone["first_difference"], *(
+        first_difference(model, tokenizer.encode(ours["prompt"]), ours["token_ids"], plain["token_ids"], args, 0)
+        for ours, plain in zip(results, run_json(cli, *batch, "--heads", "none"), strict=True))]
+    assert all(difference is None or difference["margin"] < 1e-4 for difference in differences)
+    assert alone["tokens_per_step"] == pytest.approx(results[0]["tokens_per_step"], abs=0.1)     # but for a near-tie
     mean = sum(r["tokens_per_step"] for r in results) / 10
     print(f"mean tokens per step over ten held-out openings: {mean:.3f}")
     assert mean >= 3.1

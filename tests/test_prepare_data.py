@@ -1,13 +1,12 @@
 """prepare_data.py: texts and conversations become token files; self-distilled text is the model's own."""
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -429,17 +428,16 @@ def test_a_run_stopped_by_sigterm_goes_on(distill, tiny_folder, tmp_path, asked)
     """A process of its own, stopped in the middle: nothing passes for a token file, and then the very same files."""
     assert distill("whole.bin")[0] == 0 and not list(tmp_path.glob("*.partial"))
     partial = tmp_path / "a.bin.partial"
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "prepare_data.py", "--model", tiny_folder, "--openings", "o.txt", "--out", "a.bin",
-         "--threads", "1", "--temperature", "1", "--max-new-tokens", "50", "--batch-size", "3"],
-        cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not partial.exists() or partial.read_bytes().count(b"\n") < 5:
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    err = process.communicate(timeout=60)[1]
-    kept = partial.read_bytes().count(b"\n")
-    assert process.returncode == 143 and 5 <= kept < 40
+
+    def stop(process):
+        while not partial.exists() or partial.read_bytes().count(b"\n") < 5:
+            assert not process.ended(0.002)
+        process.send_signal(signal.SIGTERM)
+    done = forked.run(
+        ROOT / "prepare_data.py", "--model", tiny_folder, "--openings", "o.txt", "--out", "a.bin", "--threads", 1,
+        "--temperature", 1, "--max-new-tokens", 50, "--batch-size", 3, cwd=tmp_path, meanwhile=stop)
+    err, kept = done.stderr, partial.read_bytes().count(b"\n")
+    assert done.returncode == 143 and 5 <= kept < 40
     assert err.endswith("texts: the same command goes on after them\nstopped\n"), err
     assert int(err.split("a.bin.partial keeps ")[1].split()[0]) in (kept - 1, kept)      # one may just be written
     assert [p.name for p in tmp_path.glob("*a.bin*")] == ["a.bin.partial"]

@@ -1,10 +1,12 @@
 """README.md and docs/: commands and examples run as they stand, drawings are what the code prints, links are right."""
+import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import MODEL, ROOT
 
@@ -28,6 +30,7 @@ def commands(text: str) -> list[str]:
 
 
 COMMANDS = list(dict.fromkeys(command for text in (README, *DOCS) for command in commands(text)))
+FIRST = {command.split()[1]: command for command in reversed(COMMANDS)}.values()
 EXAMPLES = [pytest.param(block, id=f"{page.stem}{i}") for page, text in zip(PAGES, (README, *DOCS), strict=True)
             for i, block in enumerate(blocks(text, "python"))]
 
@@ -43,9 +46,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(command: str, folder: Path) -> str:
+    """What it prints. The first command of each script starts as people start it, the others are forked."""
     _, script, *args = shlex.split(command, comments=True)
+    by_people = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run([sys.executable, ROOT / script, *args], cwd=folder, stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, env=by_people) if command in FIRST else \
+        forked.run(ROOT / script, *args, cwd=folder, env=by_people if "--fast" in args else None)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout

@@ -1,6 +1,6 @@
 """Stopped at any moment, by Ctrl-C, SIGTERM or kill -9, or by a full disk: no traceback, nothing that passes for whole.
 
-Scripts run in children forked by a server (`SERVER`) that has torch imported, so that dozens of them take seconds.
+Scripts run in processes forked by a server that has torch imported, so that dozens of them take seconds.
 """
 import json
 import os
@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import ROOT
 
@@ -24,66 +25,29 @@ from loading.trees import read_tree
 from tinymedusa import Tree
 from variants.heads import load_heads
 
-SERVER = """
-import fcntl, json, os, resource, signal, sys, time
-import generate, prepare_data, train_heads, torch
-torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.SIG_DFL)    # as the scripts' first lines do
-from extras.command_line import command_line
-for line in sys.stdin:
-    script, argv, err, delay, number, largest = json.loads(line)
-    read, write = os.pipe()                     # a file would be subject to the limit
-    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 2 ** 20)
-    child = os.fork()
-    if not child:
-        os.chdir(os.path.dirname(err))
-        os.dup2(write, 2)
-        os.dup2(os.open(err + ".out", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 1)
-        if largest:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-        sys.argv, status = [script + ".py", *argv], 0
-        try:
-            command_line(sys.modules[script].main)
-        except SystemExit as stop:
-            status = stop.code or 0
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush()
-        os._exit(status)
-    if number:
-        while isinstance(delay, str) and not (os.path.exists(delay) and len(open(delay).readlines()) > 12):
-            time.sleep(0.001)                   # until a training has logged so many steps
-        time.sleep(0 if isinstance(delay, str) else delay)
-        try:
-            os.kill(child, number)
-        except ProcessLookupError:
-            pass
-    begin = time.perf_counter()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    seconds = time.perf_counter() - begin
-    os.close(write)
-    with open(err, "wb") as file, open(read, "rb") as said:
-        file.write(said.read())
-    print(status, seconds, flush=True)
+# with constants by which it is quick, though other tests disturb its timings
+TUNE = f"""
+import extras.tune, runpy
+extras.tune.NODES, extras.tune.ROUNDS = (2, 4, 8), 2
+runpy.run_path({str(ROOT / "generate.py")!r}, run_name="__main__")
 """
 
 
-@pytest.fixture(scope="module")
-def server():
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                          env=environment) as process:
-        def run(script, *argv, folder, delay=0.0, number=0, largest=0):
-            err = folder / "stderr"
-            request = [script, list(map(str, argv)), str(err), delay, int(number), largest]
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            status, seconds = process.stdout.readline().split()
-            return int(status), err.read_text(), Path(f"{err}.out").read_text(), float(seconds)
-        yield run
-        process.stdin.close()
+def run(script, *argv, folder, delay=0.0, number=0, largest=0):
+    """→ exit status, stderr, stdout, seconds (behind the signal, if it gets one: after a delay, or when a log has
+    so many lines)."""
+    def stop(process):
+        nonlocal begin
+        while isinstance(delay, Path) and not (delay.exists() and delay.read_bytes().count(b"\n") > 12):
+            time.sleep(0.001)
+        time.sleep(0 if isinstance(delay, Path) else delay)
+        process.send_signal(number)
+        begin = time.perf_counter()
+    begin = time.perf_counter()
+    command = ["-c", TUNE] if "--tune" in argv else [ROOT / f"{script}.py"]
+    done = forked.run(*command, *argv, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                      meanwhile=stop if number else None, largest=largest)
+    return done.returncode, done.stderr, done.stdout, time.perf_counter() - begin
 
 
 @pytest.fixture
@@ -118,16 +82,16 @@ def whole_or_absent(folder):
 
 
 @pytest.mark.parametrize("name", ["generate", "batch", "tune", "tokenise", "distill", "train"])
-def test_a_signal_at_any_moment(name, server, work):
+def test_a_signal_at_any_moment(name, work):
     folder, does = work
-    server("prepare_data", "--model", folder / "tiny", "--text", "t.txt", "--out", "d.bin", folder=folder)
-    whole, rng, seen = server(*does[name], folder=folder)[3], random.Random(name), set()
+    run("prepare_data", "--model", folder / "tiny", "--text", "t.txt", "--out", "d.bin", folder=folder)
+    whole, rng, seen = run(*does[name], folder=folder)[3], random.Random(name), set()
     times = int(os.environ.get("STOPS", 4 if name == "train" else 8))
     for i in range(times):
         number, delay = (signal.SIGINT, signal.SIGTERM)[i % 2], whole * (i + rng.random()) / times
         for stale in (*beside(folder / "a.bin"), folder / "a.bin.partial", folder / "h/checkpoint.pt"):
             stale.unlink(missing_ok=True)
-        status, err, out, seconds = server(*does[name], folder=folder, delay=delay, number=number)
+        status, err, out, seconds = run(*does[name], folder=folder, delay=delay, number=number)
         assert "Traceback" not in err and "rror" not in err, err
         assert status in (0, 128 + number, 130, -number) and seconds < 10, (status, err)
         assert status >= 0 or "stopped" not in err                               # below 0: before main, or behind it
@@ -201,17 +165,17 @@ def test_ctrl_c_while_torch_is_imported(work):
         assert process.returncode == -signal.SIGINT and not out and b"Traceback" not in err, err
 
 
-def test_kill_9_loses_no_more_than_the_last_interval(server, work):
+def test_kill_9_loses_no_more_than_the_last_interval(work):
     folder, does = work
-    server("prepare_data", "--model", folder / "tiny", "--text", "t.txt", "--out", "d.bin", folder=folder)
-    status, err, whole, _ = server(*does["train"], "--log-every", 1, "--json", folder=folder)
+    run("prepare_data", "--model", folder / "tiny", "--text", "t.txt", "--out", "d.bin", folder=folder)
+    status, err, whole, _ = run(*does["train"], "--log-every", 1, "--json", folder=folder)
     assert status == 0, err
     shutil.rmtree(folder / "h")
-    status, *_ = server(*does["train"], "--log-every", 1, folder=folder, delay=str(folder / "h/metrics.jsonl"),
-                        number=signal.SIGKILL)
+    status, *_ = run(*does["train"], "--log-every", 1, folder=folder, delay=folder / "h/metrics.jsonl",
+                     number=signal.SIGKILL)
     assert status == -signal.SIGKILL and not (folder / "h/config.json").exists()
     logged = [json.loads(line)["step"] for line in (folder / "h/metrics.jsonl").read_text().splitlines()]
-    status, err, out, _ = server(*does["train"], "--log-every", 1, "--resume", "--json", folder=folder)
+    status, err, out, _ = run(*does["train"], "--log-every", 1, "--resume", "--json", folder=folder)
     assert status == 0, err
     first = int(err.split("training heads:")[1].split("/")[0].rpartition(" ")[2])            # where its bar begins
     assert logged[-1] - 5 <= first <= logged[-1] + 1 and first % 5 == 0 and first >= 5
@@ -219,14 +183,14 @@ def test_kill_9_loses_no_more_than_the_last_interval(server, work):
 
 
 @pytest.mark.parametrize("name", ["tokenise", "distill"])
-def test_kill_9_while_data_are_prepared_leaves_nothing_to_take_for_whole(name, server, work):
+def test_kill_9_while_data_are_prepared_leaves_nothing_to_take_for_whole(name, work):
     folder, does = work
     tokenizer = Tokenizer(folder / "tiny", LlamaConfig(vocab_size=300))
-    killed, seconds = 0, server(*does[name], folder=folder)[3]
+    killed, seconds = 0, run(*does[name], folder=folder)[3]
     for delay in (0.1 * seconds, 0.3 * seconds, 0.5 * seconds, 0.7 * seconds, 0.9 * seconds):
         for path in folder.glob("*a.bin*"):
             path.unlink()
-        killed += server(*does[name], folder=folder, delay=delay, number=signal.SIGKILL)[0] == -signal.SIGKILL
+        killed += run(*does[name], folder=folder, delay=delay, number=signal.SIGKILL)[0] == -signal.SIGKILL
         try:
             assert read_tokens(folder / "a.bin", tokenizer)
         except UserError as error:
@@ -238,12 +202,12 @@ def test_kill_9_while_data_are_prepared_leaves_nothing_to_take_for_whole(name, s
     ("tokenise", [], 5000), ("distill", [], 500), ("tune", [], 500), ("generate", ["--trace", "t.json"], 2000),
     ("train", ["--epochs", 1], 5000), ("train", ["--epochs", 1, "--save-every", 1], 100_000),
     ("train", ["--epochs", 1], 100), ("train", ["--epochs", 1, "--medusa-2"], 50_000), ("generate", [], 200)])
-def test_a_full_disk(name, more, largest, server, work):
+def test_a_full_disk(name, more, largest, work):
     """Files may not grow beyond a size: one line, status 2, no half file, and what stood there before still stands."""
     folder, does = work
-    server("prepare_data", "--model", folder / "tiny", "--text", "t.txt", "--out", "d.bin", folder=folder)
+    run("prepare_data", "--model", folder / "tiny", "--text", "t.txt", "--out", "d.bin", folder=folder)
     (folder / "a.bin").write_bytes(b"old")
-    status, err, out, _ = server(*does[name], *more, folder=folder, largest=largest)
+    status, err, out, _ = run(*does[name], *more, folder=folder, largest=largest)
     line = err.replace("\r", "\n").splitlines()[-1]
     assert status == 2 and "Traceback" not in err, err
     assert "--trace" not in more or err.count("\n") == 1                         # none of the profiler's own
@@ -254,26 +218,25 @@ def test_a_full_disk(name, more, largest, server, work):
     whole_or_absent(folder)
 
 
-def test_two_runs_that_write_the_same_file(server, work):
+def test_two_runs_that_write_the_same_file(work):
     """Token files: the last one wins whole. Heads: the second training is refused while the first one runs."""
     folder, does = work
     tokenizer = Tokenizer(folder / "tiny", LlamaConfig(vocab_size=300))
-    prepare = [sys.executable, ROOT / "prepare_data.py", *does["tokenise"][1:]]
-    both = [subprocess.Popen([*map(str, prepare), "--limit", limit], cwd=folder, stdout=subprocess.PIPE,
-                             stderr=subprocess.DEVNULL) for limit in ("100", "110")]
-    assert [p.wait(60) for p in both] == [0, 0]
-    assert len(read_tokens(folder / "a.bin", tokenizer)) in (100, 110) and not list(folder.glob(".tmp*"))
-    for written, name in zip(beside(folder / "a.bin"), beside(folder / "d.bin"), strict=True):
-        written.rename(name)
-    train = [sys.executable, ROOT / "train_heads.py", *does["train"][1:], "--epochs", "4000"]
-    first = subprocess.Popen(list(map(str, train)), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    with open(os.devnull, "r+") as nothing:
+        start = lambda name, *more: forked.Process(
+            ROOT / f"{does[name][0]}.py", *does[name][1:], *more, cwd=folder, streams=[nothing.fileno()] * 3)
+        both = [start("tokenise", "--limit", limit) for limit in (100, 110)]
+        assert [p.wait() for p in both] == [0, 0]
+        assert len(read_tokens(folder / "a.bin", tokenizer)) in (100, 110) and not list(folder.glob(".tmp*"))
+        for written, name in zip(beside(folder / "a.bin"), beside(folder / "d.bin"), strict=True):
+            written.rename(name)
+        first = start("train", "--epochs", 4000)
     while not (folder / "h/metrics.jsonl").exists():
-        assert first.poll() is None
-        time.sleep(0.05)
-    status, err, _, _ = server(*does["train"], folder=folder)
+        assert not first.ended(0.01)
+    status, err, _, _ = run(*does["train"], folder=folder)
     assert status == 2 and "another training is writing to h: give --out another folder" in err
-    first.terminate()
+    first.send_signal(signal.SIGTERM)
     assert first.wait(20) == 130
-    status, err, _, _ = server(*does["train"], "--epochs", 4000, "--resume", folder=folder, delay=0.5,
-                               number=signal.SIGINT)
+    status, err, _, _ = run(*does["train"], "--epochs", 4000, "--resume", folder=folder, delay=0.5,
+                            number=signal.SIGINT)
     assert status == 130 and (folder / "h/checkpoint.pt").exists()

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -281,11 +283,14 @@ def test_two_processes_make_the_steps_of_one(tiny_folder, tmp_path, cli):
     arguments = ["--model", tiny_folder, "--data", tmp_path / "s.bin", "--epochs", 2, "--lr", 0.002, "--warmup", 1,
                  "--width", 8, "--num-heads", 2, "--batch-tokens", 60]
     assert cli("train_heads", *arguments, "--out", tmp_path / "one")[0] == 0
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-         str(ROOT / "train_heads.py"), *map(str, arguments), "--out", tmp_path / "two"],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as free, open(tmp_path / "said", "w+") as said:
+        torchrun = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(free.getsockname()[1])}
+        free.close()
+        both = [forked.Process(ROOT / "train_heads.py", *arguments, "--out", tmp_path / "two",
+                               streams=[said.fileno()] * 3,
+                               env=os.environ | torchrun | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+        assert [process.wait() for process in both] == [0, 0], (tmp_path / "said").read_text()
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     start = load_file(tiny_folder / "medusa" / "model.safetensors")
     assert all(torch.allclose(one[n], two[n], rtol=0, atol=1e-6) for n in one) and one.keys() == two.keys()

@@ -7,14 +7,15 @@ import pty
 import re
 import select
 import shutil
-import signal
 import stat
 import struct
-import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
+from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import MODEL, ROOT, byte_tokenizer, save_heads, tiny_heads, tiny_llama
@@ -38,22 +39,15 @@ class Terminal:
     def __init__(self, *args, env=None):
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 50, 1000, 0, 0))       # no line is broken
-        self.process = subprocess.Popen(
-            [sys.executable, ROOT / "generate.py", "--interactive", "--threads", "1", *map(str, args)], stdin=slave,
-            stdout=slave, stderr=slave, close_fds=True, start_new_session=True,
-            preexec_fn=self.own_terminal,
+        self.process = forked.Process(
+            ROOT / "generate.py", "--interactive", "--threads", "1", *args, streams=[slave] * 3, terminal=True,
             env=os.environ | {"TERM": "dumb", "NO_COLOR": ""} | (env or {}))
         os.close(slave)
 
-    @staticmethod
-    def own_terminal() -> None:
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)                                     # so that Ctrl-C reaches it,
-        signal.signal(signal.SIGINT, signal.SIG_DFL)                             # though these tests may ignore it
-
     def until(self, text: str, seconds=120, last=True) -> str:
-        """What is printed up to this text, behind which nothing more comes for a while; or up to its first sight."""
+        """What is printed up to this text, behind which it waits for input; or up to its first sight."""
         read, end = "", time.monotonic() + seconds
-        while not (read.endswith(text) and not select.select([self.master], [], [], 0.3)[0] if last else text in read):
+        while not (read.endswith(text) and self.waits() if last else text in read):
             if not select.select([self.master], [], [], max(0, end - time.monotonic()))[0]:
                 raise AssertionError(f"no {text!r} in {read!r}")
             try:
@@ -66,6 +60,17 @@ class Terminal:
                 raise AssertionError(f"ended before {text!r}: {read!r}")
             read += data.decode(errors="replace").replace("\r\n", "\n")
         return read.removesuffix(text)
+
+    def waits(self) -> bool:
+        """Nothing comes, and it sleeps; or nothing comes for a while."""
+        for _ in range(15):
+            comes = select.select([self.master], [], [], 0.02)[0]
+            with suppress(FileNotFoundError):                                    # ended meanwhile
+                asleep = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+                comes = comes or asleep and select.select([self.master], [], [], 0.02)[0]
+                if comes or asleep:
+                    return not comes
+        return True
 
     def say(self, line: str, until: str) -> str:
         """What is printed between the line (echoed) and `until`."""

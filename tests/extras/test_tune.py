@@ -34,6 +34,7 @@ def test_the_forecast_at_a_temperature_is_within_3_percent(kind, limits, tiny_fo
     """It simulates the noise that heads and base model share; by ranks without the noise it would read far less."""
     monkeypatch.setattr("extras.tune.step_seconds", lambda model, heads, trees, ids, args: [
         0.001 * (1 if tree is None else 1 + len(tree.paths) / 200) for tree in trees])
+    monkeypatch.setattr("extras.tune.NODES", (12,))                              # one tree: the choice is tested below
     with_good_heads(tiny_folder, kind)
     openings = [f"the dog{' x' * (i % 9)} {i}" for i in range(300)]
     (tmp_path / "o.txt").write_text("\n".join(openings))
@@ -42,7 +43,7 @@ def test_the_forecast_at_a_temperature_is_within_3_percent(kind, limits, tiny_fo
     assert status == 0, err
     tuned = json.loads((tiny_folder / "medusa" / "tree.json").read_text())["modes"]["cpu"]
     forecast = next(c["tokens_per_step"] for c in tuned["candidates"] if c == tuned["chosen"])
-    results = run_json(cli, *options, "--prompts-file", tmp_path / "o.txt", "--batch-size", 64, "--seed", 1000)
+    results = run_json(cli, *options, "--prompts-file", tmp_path / "o.txt", "--batch-size", 300, "--seed", 1000)
     new, steps = (sum(r[key] for r in results) for key in ("new_tokens", "steps"))
     measured = (new - len(results)) / steps
     print(f"{kind} {limits}: forecast {forecast}, measured {measured:.4f}, {steps} steps")
@@ -137,6 +138,7 @@ def test_a_tree_for_each_temperature(tiny_folder, tmp_path, cli, monkeypatch):
     monkeypatch.setattr("extras.tune.step_seconds", lambda model, heads, trees, ids, args: [
         0.001 * (1 if tree is None else 1 + len(tree.paths) / 200) for tree in trees])
     monkeypatch.setattr("extras.tune.NODES", (2, 8))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)                         # --threads auto, by default
     with_good_heads(tiny_folder)
     (tmp_path / "o.txt").write_text("\n".join(f"the dog{' x' * i}" for i in range(12)))
     tree = tiny_folder / "medusa" / "tree.json"

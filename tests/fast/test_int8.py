@@ -1,9 +1,10 @@
 """What fast/ replaces, against the plain model: weights in 8 bits, loaded in little memory, by the command too."""
 import copy
 import json
-import subprocess
 import sys
+from functools import cache
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, save_heads, tiny_heads, tiny_llama
@@ -74,16 +75,35 @@ def text(decoder, prompt, seed=0, new_tokens=40):
     return [t for new in steps for t in new[0]], len(steps) - 1
 
 
+PROMPT, SAMPLINGS = [1, 20, 30], (Sampling(), Sampling(0.8), Sampling(1.1, 9, 0.9))
+
+
+@cache
+def reference(name, folder):
+    """A saved model with heads of all kinds; the plain model of its rounded weights, and what that writes."""
+    model = random_biases(tiny_llama(vocab_size=40, **CONFIGS[name]))
+    model.save(folder)
+    plain = rounded(model)
+    written = {sampling: text(PlainDecoder(plain, sampling, eos=()), PROMPT, 5, 24) for sampling in SAMPLINGS}
+    by_heads = {}
+    for kind in KINDS:
+        save_heads(tiny_heads(model, 3, noise=0.02, kind=kind, tie_lm_head=kind != "medusa"), folder / kind, model)
+        heads = load_heads(folder / kind, plain)
+        by_heads |= {(kind, sampling): text(Decoder(plain, heads, TREE, sampling, eos=()), PROMPT, 5, 24)
+                     for sampling in SAMPLINGS}
+    return model, plain, written, by_heads
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("replacement", REPLACEMENTS)
-def test_a_replacement_is_the_plain_model_with_rounded_weights(replacement, name, tmp_path):
+def test_a_replacement_is_the_plain_model_with_rounded_weights(replacement, name, tmp_path_factory):
     """In float64: hidden states, logits, greedy and drawn texts, plain and by heads of any kind."""
-    model = random_biases(tiny_llama(vocab_size=40, **CONFIGS[name]))
-    model.save(tmp_path)
-    plain, fast = rounded(model), REPLACEMENTS[replacement](tmp_path, dtype=torch.float64)
+    folder = tmp_path_factory.getbasetemp() / f"int8 {name}"
+    model, plain, written, by_heads = reference(name, folder)
+    fast = REPLACEMENTS[replacement](folder, dtype=torch.float64)
     linear = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert linear and all(isinstance(fast.get_submodule(n), Int8Linear) for n in linear)
-    assert not fast.training and torch.equal(fast.cos, Llama.from_pretrained(tmp_path).cos)
+    assert not fast.training and torch.equal(fast.cos, Llama.from_pretrained(folder).cos)
     ids = torch.randint(3, 40, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected, hidden = plain(ids), fast(ids)
@@ -91,16 +111,12 @@ def test_a_replacement_is_the_plain_model_with_rounded_weights(replacement, name
         logits = plain.lm_head(expected)
         assert torch.allclose(logits, fast.lm_head(hidden), atol=1e-9) and logits.std() > 0.5
         assert (logits - model.lm_head(model(ids))).abs().max() > 1e-3           # rounding does something
-    for kind in KINDS:
-        folder, tied = tmp_path / kind, kind != "medusa"
-        save_heads(tiny_heads(model, 3, noise=0.02, kind=kind, tie_lm_head=tied), folder, model)
-        heads = load_heads(folder, fast)
-        for sampling in (Sampling(), Sampling(0.8), Sampling(1.1, 9, 0.9)):
-            written = text(PlainDecoder(plain, sampling, eos=()), [1, 20, 30], 5)
-            assert text(PlainDecoder(fast, sampling, eos=()), [1, 20, 30], 5) == written
-            ours = text(Decoder(fast, heads, TREE, sampling, eos=()), [1, 20, 30], 5)
-            assert ours == text(Decoder(plain, load_heads(folder, plain), TREE, sampling, eos=()), [1, 20, 30], 5)
-            assert ours[0] == written[0] and ours[1] <= written[1]
+    for sampling in SAMPLINGS:
+        assert text(PlainDecoder(fast, sampling, eos=()), PROMPT, 5, 24) == written[sampling]
+        for kind in KINDS:
+            ours = text(Decoder(fast, load_heads(folder / kind, fast), TREE, sampling, eos=()), PROMPT, 5, 24)
+            assert ours == by_heads[kind, sampling]
+            assert ours[0] == written[sampling][0] and ours[1] <= written[sampling][1]
 
 
 def test_a_matrix_in_8_bits():
@@ -220,6 +236,7 @@ def test_loading_takes_little_more_memory_than_the_model(file, tmp_path):
                                   ("bfloat16", "Llama.from_pretrained", size / 2),
                                   ("bfloat16", "int8.load", size / 4 + embeddings)):
         script = LOAD.format(root=str(ROOT), folder=str(tmp_path), tiny=str(tmp_path / "tiny"), dtype=dtype, load=load)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        done = forked.run("-c", script)
+        assert done.returncode == 0, done.stderr
         print(f"{file} to {dtype} by {load}: {float(done.stdout):.0f} MB, the model has {expected:.0f}")
         assert float(done.stdout) < 1.2 * expected + (2 * layer if load == "int8.load" else 8)

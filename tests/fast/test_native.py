@@ -6,13 +6,12 @@ import copy
 import os
 import platform
 import random
-import subprocess
-import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from conftest import MODEL, ROOT, native_llama, random_tree, save_heads, tiny_heads, tiny_llama
@@ -559,7 +558,7 @@ for length in (98, 120, 161, 400):
 def test_a_text_beyond_the_context_never_reaches_other_memory():
     """The commands check it before; torch's decoder then fails with an IndexError. In a process that may crash."""
     script = BEYOND.format(tests=str(ROOT / "tests"))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = forked.run("-c", script)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr[-300:]
     assert done.stdout.split("\n") == [f"refused {n}" for n in (98, 120, 161, 400) for _ in range(2)] + [""]
 

@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -625,7 +626,7 @@ def test_a_real_process_has_status_2_and_no_traceback(tiny_folder):
     shell = f"{sys.executable} {ROOT}/generate.py --model {tiny_folder} --prompt dog --json | head -c 1"
     closed = subprocess.run(shell, shell=True, capture_output=True, text=True, env=os.environ)
     assert closed.stdout == "{" and closed.stderr == ""
-    fine = run("--model", str(tiny_folder), "--prompt", "the dog", "--json")
+    fine = forked.run(ROOT / "generate.py", "--model", tiny_folder, "--prompt", "the dog", "--json")
     assert fine.returncode == 0 and json.loads(fine.stdout)["new_tokens"] > 0
 
 

@@ -4,11 +4,11 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict
 
+import forked
 import pytest
 import torch
 from conftest import ROOT
@@ -35,8 +35,7 @@ same_each_time = settings(deadline=None, derandomize=True, database=None, max_ex
 # ---------------------------------------------------------------------------------------------- mutated files
 
 def test_mutated_files_end_in_a_line_or_a_right_answer():
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "fuzz.py", "--mutations", "144", "--seed", "5000000"],
-                          capture_output=True, text=True)
+    done = forked.run(ROOT / "benchmarks" / "fuzz.py", "--mutations", 144, "--seed", 5000000)
     assert done.returncode == 0, done.stdout + done.stderr
     total = [int(cell) for cell in done.stdout.splitlines()[-1].split("|")[2:9]]
     assert total[0] == 144 == sum(total[1:]) and total[1] > 30 and total[3] > 10      # errors and answers, both
