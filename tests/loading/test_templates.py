@@ -354,7 +354,7 @@ def test_the_system_message(tmp_path):
     odd = [say("x")[0], {"role": "assistant", "content": "y", "ids": "odd"}]
     assert vicuna.prompt(odd) == vicuna.prompt(say("x", "y"))
     nested = "x"
-    for _ in range(900):
+    for _ in range(5000):
         nested = [nested]
     with pytest.raises(UserError, match="template of m can't be used here: maximum recursion depth"):
         chat.prompt([say("x")[0] | {"more": nested}])
