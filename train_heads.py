@@ -172,9 +172,8 @@ def keep_hidden(model: Llama, path, documents: list, batch_tokens: int, bf16: bo
 
 def teacher_of(model: Llama, heads: MedusaHeads):
     """The base model's logits for the ids that the heads may draft, from its hidden states."""
-    token_map, weight = token_map_of(heads), model.lm_head.weight
-    weight = weight if token_map is None else weight[token_map]
-    return lambda hidden: F.linear(hidden.to(weight.dtype), weight)
+    lm_head = getattr(heads, "vocabulary", model.lm_head)
+    return lambda hidden: lm_head(hidden.to(model.norm.weight.dtype))
 
 @torch.no_grad()
 def base_loss(model: Llama, hidden: Tensor, labels: Tensor) -> float:

@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -69,7 +69,7 @@ def log_likelihood(model, ids, new) -> float:
     return logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None]).mean().item()
 
 
-def halves(model, template, heads, sampling, args) -> list:
+def halves(model, template, heads, args, sampling) -> list:
     """(ranks, own), as `simulate` takes them, of every second of the model's texts at this sampling and of the rest."""
     documents = own_texts(model, template, openings_of(args.tune), Namespace(
         tune=args.tune, sampling=sampling, max_new_tokens=args.max_new_tokens, seed=10 ** 6))
@@ -140,7 +140,7 @@ def main():
     columns = ["temperature", "rule", f"tokens per step at {args.nodes} nodes", "forecast", "nodes of its tree",
                "tokens per step", "forecast of it", *(() if args.no_times else TIMED)]
     print(f"| {' | '.join(columns)} |\n|" + "---|" * len(columns))
-    rows = []
+    rows, halves_at = [], cache(partial(halves, model, template, heads, args))
     for temperature in args.temperatures:
         for rule, (options, acceptance) in RULES.items():
             if rule not in args.rules or temperature == 0 and rule in ("match, top-p 0.8", "typical"):
@@ -150,7 +150,7 @@ def main():
                 drafter, trees = Lookup(model.config), [Tree.from_paths(Lookup.chain)]
                 forecasts = [None]
             else:
-                (ranks, _), others = halves(model, template, heads, sampling, args)
+                (ranks, _), others = halves_at(sampling)
                 mode = engines.mode(model)
                 paths, _ = read_tree(folder, len(heads), heads.draft_size, mode=mode, temperature=temperature)
                 drafter = heads

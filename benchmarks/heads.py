@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from acceptance import per_step  # noqa: E402
+
 from extras.command_line import command_line, set_threads, threads  # noqa: E402
 from extras.forecast import grow_tree, joint_hits, simulate  # noqa: E402
 from extras.tune import own_texts  # noqa: E402
@@ -29,21 +31,7 @@ from loading.tokenizer import Tokenizer  # noqa: E402
 from loading.trees import check_paths  # noqa: E402
 from tinymedusa import Decoder, Sampling, Stages, Tree  # noqa: E402
 from train_heads import evaluate  # noqa: E402
-from variants import batches  # noqa: E402
 from variants.heads import load_heads  # noqa: E402
-
-
-def decode(decoder, prompts, args):
-    """Tokens per step over all steps of all prompts."""
-    emitted = steps = 0
-    for i in range(0, len(prompts), 50):
-        rows = prompts[i:i + 50]
-        run = batches.generate(decoder, rows, args.max_new_tokens, range(i, i + len(rows)))
-        next(run)
-        for new in run:
-            emitted += sum(map(len, new.values()))
-            steps += len(new)
-    return emitted / steps
 
 
 def timed(model, ids, heads, tree, sampling):
@@ -94,7 +82,7 @@ def main():
             for name, paths in trees.items():
                 tree = Tree.from_paths(check_paths(paths, len(heads), heads.draft_size))
                 forecast = simulate(tree, *halves[1])["tokens_per_step"]
-                measured = decode(Decoder(model, heads, tree, args.sampling), prompts, args)
+                measured = per_step(Decoder(model, heads, tree, args.sampling), prompts, args)
                 times = [timed(model, prompts[0], heads, tree, args.sampling) for _ in range(0 if args.no_times else 3)]
                 draft, step = map(statistics.median, zip(*times, strict=True)) if times else (0, 0)
                 print(f"{Path(folder).name:<28}{kind:>7}{len(heads):>3}{size:>11}"

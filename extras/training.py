@@ -76,7 +76,7 @@ reserve = getattr(os, "posix_fallocate", lambda file, begin, size: os.truncate(f
 def hidden_file(model: Llama, path, tokens: int, bf16: bool) -> np.memmap:
     """The base model's hidden states of a token file, FILE.hidden-.. beside it, float16 [tokens, H], zeros where they
     are not known yet. Its name says of which weights, text and arithmetic. Its size is announced and reserved."""
-    digest = hashlib.sha256(f"{model.config} {read_json(f'{path}.json')['sha256']} {bf16}".encode())
+    digest = hashlib.sha256(f"{model.config} {read_json(f'{path}.json')['sha256']}{' bfloat16' * bf16}".encode())
     for weight in model.parameters():
         digest.update(weight.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
     file, size = Path(f"{path}.hidden-{digest.hexdigest()[:8]}"), 2 * tokens * model.config.hidden_size
