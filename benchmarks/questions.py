@@ -1,14 +1,31 @@
 """Writes questions and tasks for a chat model to answer, {"messages": [..]} a line: what heads for it are trained on.
 
     python benchmarks/questions.py --number 8000 > questions.jsonl
+    python benchmarks/questions.py --number 6000 --model DIR_OR_HUB_ID > asked.jsonl
 
-Each is a form of request filled with words of our own, all different. A larger number goes on behind the same lines.
-None is among the 50 of benchmarks/questions.jsonl, which were written one by one, to measure with.
+Each is a form of request filled with words of our own, or, with --model, the first words of one that a chat model ends
+itself, as a user would: it writes at the user's place of its template. All are different; a larger number goes on
+behind the same lines. None is among the 50 of benchmarks/questions.jsonl, which were written one by one, to measure
+with.
 """
 import argparse
 import json
 import random
+import sys
+from itertools import count, islice
+from os.path import commonprefix
 from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from fast import engines
+from llama import LlamaConfig
+from loading.checkpoint import TORCH_DTYPES
+from loading.templates import load_template
+from loading.tokenizer import Tokenizer
+from tinymedusa import Sampling
+from variants import batches
 
 HELD_OUT = Path(__file__).with_suffix(".jsonl")
 TOPICS = """volcanoes; the water cycle; photosynthesis; black holes; the French Revolution; the Roman Empire; jazz
@@ -85,6 +102,12 @@ nothing was left; I would like to know when the parcel will come; the old house 
 REWRITES = """Rewrite this sentence in a formal tone: {}.|Correct the grammar: {}.|Make this sentence shorter:
 {}.|Translate into French: {}.|Translate into Spanish: {}.|Write a question to which this is the answer: {}.|Continue
 this text: {}.|Say this more politely: {}.|What is the mood of this sentence: {}?"""
+FIRST_WORDS = """Why|Why do|Why does|Why is it important to|How|How can I|How do I|How do you|How does|How should I|What|What
+is|What is a|What is the difference between|What are|What are some good|What are the|What does|What happens when|What
+should I|What makes|When|Where|Which|Who|Who invented|Explain|Explain how|Explain the|Describe|Describe a|Give me|Give
+me a simple|Give me tips for|List|List three|Name|Tell me|Tell me about|Tell me a|Write a|Write a short|Write a short
+story about|Write a poem about|Write an email to|Write a Python function that|Write instructions for|Write a letter|Summarise
+the|Compare|Is it|Can you|Imagine|I want to|I"""
 TURNS = ["", "Please ", "Can you help me? ", "Hi! ", "Be brief. ", "In one paragraph: ", "Answer in a friendly way: "]
 
 
@@ -107,18 +130,49 @@ def question(rng: random.Random) -> str:
     return opening + (text[0].lower() + text[1:] if opening == "Please " else text)
 
 
+def filled(seed: int):
+    """Requests of our own forms and words."""
+    rng = random.Random(seed)
+    while True:
+        yield question(rng)
+
+
+def asked(name: str, seed: int):
+    """Requests that the model writes at the user's place, behind first words of ours; only short ones that it ends."""
+    tokenizer = Tokenizer(name, LlamaConfig.from_pretrained(name))
+    template = load_template(name, tokenizer)
+    before = commonprefix([template.ids([{"role": "user", "content": letter}]) for letter in "A7"])
+    decoder = engines.decoder(engines.load(name, TORCH_DTYPES["bfloat16"], "cpu", fast=True),
+                              sampling=Sampling(0.8), eos=tokenizer.eos)
+    openings = split(FIRST_WORDS, "|") * 8                  # so many that the batch stays full
+    prompts = [before + tokenizer.encode(words)[len(tokenizer.bos):] for words in openings]
+    for first in count(seed, len(prompts)):
+        seeds = list(range(first, first + len(prompts)))
+        texts = [[] for _ in prompts]
+        for i, new, _ in batches.finished(batches.generate(decoder, prompts, 32, seeds, 32)):
+            texts[i] = sum(new, [])
+        for words, ids in zip(openings, texts, strict=True):
+            text = words + tokenizer.decode(ids)
+            if ids[-1] in tokenizer.eos and "\n" not in text:
+                yield text.strip()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--number", type=int, default=8000)
+    parser.add_argument("--model", help="the chat model that ends the requests: a folder or a hub id")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    held_out = HELD_OUT.read_text(encoding="utf-8").splitlines()
-    rng, seen = random.Random(args.seed), set(held_out)
-    while len(seen) < args.number + len(held_out):
-        line = json.dumps({"messages": [{"role": "user", "content": question(rng)}]})
-        if line not in seen:
-            seen.add(line)
-            print(line)
+    seen = set(HELD_OUT.read_text(encoding="utf-8").splitlines())
+
+    def new(line: str) -> bool:
+        """Whether a line comes for the first time."""
+        return not (line in seen or seen.add(line))
+
+    requests = asked(args.model, args.seed) if args.model else filled(args.seed)
+    lines = filter(new, (json.dumps({"messages": [{"role": "user", "content": text}]}) for text in requests))
+    for line in tqdm(islice(lines, args.number), total=args.number, disable=not args.model):
+        print(line)
 
 
 if __name__ == "__main__":

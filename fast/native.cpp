@@ -44,6 +44,7 @@ constexpr int W = 4, REGISTERS = 16;
 typedef float Vector __attribute__((vector_size(4 * W)));
 typedef int32_t Ints __attribute__((vector_size(4 * W)));
 typedef uint32_t Bits __attribute__((vector_size(4 * W)));
+typedef int8_t Bytes __attribute__((vector_size(W)));
 
 template <class T> static inline T load(const void* from) { T x; memcpy(&x, from, sizeof x); return x; }
 template <class T> static inline void store(void* to, T x) { memcpy(to, &x, sizeof x); }
@@ -218,7 +219,7 @@ struct Float16 {                            // exponent and mantissa moved into 
     }
 };
 
-// M rows times Q panels, n inputs of each: y += x W. x [n, M], y with `width` floats between rows.
+// M rows times Q panels, n inputs of each: y += x W. x [M, INPUTS], y with `width` floats between rows.
 template <class Weights, int M, int Q>
 static void tile(const float* x, const char* w, int64 panel_bytes, int n, float* y, int64 width, int rows, bool first) {
     constexpr int step_bytes = std::is_same_v<Weights, Float32> ? 8 * W : 4 * W;        // of an input
@@ -227,15 +228,15 @@ static void tile(const float* x, const char* w, int64 panel_bytes, int n, float*
         UNROLLED for (int q = 0; q < Q; q++)
             UNROLLED for (int half = 0; half < 2; half++)
                 if (!first && m < rows) total[m][q][half] = load<Vector>(y + m * width + q * PANEL + half * W);
-    for (int i = 0; i < n; i++, w += step_bytes, x += M)
+    for (int i = 0; i < n; i++, w += step_bytes, x++)
         UNROLLED for (int q = 0; q < Q; q++) {
             Vector a, b;
             Weights::weights(w + q * panel_bytes, a, b);
             UNROLLED for (int line = 0; line < step_bytes; line += 64)
                 __builtin_prefetch(w + q * panel_bytes + AHEAD / Q + line);
             UNROLLED for (int m = 0; m < M; m++) {
-                total[m][q][0] += x[m] * a;
-                total[m][q][1] += x[m] * b;
+                total[m][q][0] += x[m * INPUTS] * a;
+                total[m][q][1] += x[m * INPUTS] * b;
             }
         }
     UNROLLED for (int m = 0; m < M; m++)
@@ -246,10 +247,10 @@ static void tile(const float* x, const char* w, int64 panel_bytes, int n, float*
 
 // In 8 bits, weights are whole numbers from 0 to 255, 128 above their value, and the inputs of a block are whole
 // multiples of a step of the row's own, in two digits of 8 bits. Sums of their products are exact.
-struct Digits {                             // of the inputs of a tile of M rows
+struct Digits {                             // of the inputs of a tile's rows: the upper and the lower ones
     float step[8];
     int32_t start[8][2];                    // -128 times the sum of a digit over the inputs
-    int32_t digits[];                       // [n / 4, M, 2]: the upper and the lower digits of four inputs
+    int8_t digits[8][2][INPUTS];
 };
 
 // For each lane total + the sum of four bytes of weights (0 to 255) times four of x (-128 to 127).
@@ -270,14 +271,14 @@ static void tile_of_digits(const Digits& x, const char* w, int n, float* y, int6
     UNROLLED for (int m = 0; m < M; m++)
         UNROLLED for (int digit = 0; digit < 2; digit++)
             total[m][digit][0] = total[m][digit][1] = Ints{} + x.start[m][digit];
-    const int32_t* at = x.digits;
-    for (int i = 0; i < n; i += 4, w += 8 * W, at += 2 * M) {
+    for (int i = 0; i < n; i += 4, w += 8 * W) {
         Bits a = load<Bits>(w), b = load<Bits>(w + 4 * W);
         UNROLLED for (int line = 0; line < 8 * W; line += 64) __builtin_prefetch(w + AHEAD + line);
         UNROLLED for (int m = 0; m < M; m++)
             UNROLLED for (int digit = 0; digit < 2; digit++) {
-                total[m][digit][0] = dot4(total[m][digit][0], a, at[2 * m + digit]);
-                total[m][digit][1] = dot4(total[m][digit][1], b, at[2 * m + digit]);
+                int32_t four = load<int32_t>(x.digits[m][digit] + i);
+                total[m][digit][0] = dot4(total[m][digit][0], a, four);
+                total[m][digit][1] = dot4(total[m][digit][1], b, four);
             }
     }
     UNROLLED for (int m = 0; m < M; m++)
@@ -359,40 +360,44 @@ struct Tiles {
     int64 size(int64 tile) const { return first(tile + 1) - first(tile); }
 };
 
-// Inputs [begin, begin + n) of a tile's rows, side by side as `tile` reads them: [n, M], zeros where there is nothing.
+// Inputs [begin, begin + n) of a tile's rows [M, INPUTS], zeros for a row that there is not.
 static void gather(const Input& in, const float* inverse, int64 rows, int64 begin, int n, float* to) {
     int M = tile_rows(rows);
-    memset(to, 0, sizeof(float) * M * n);
-    for (int64 m = 0; m < rows; m++) {
+    for (int64 m = 0; m < M; m++, to += INPUTS) {
         const float* from = in.x + m * in.stride + begin;
-        if (!in.gain) for (int i = 0; i < n; i++) to[i * M + m] = from[i];
-        else for (int i = 0; i < n; i++) to[i * M + m] = from[i] * inverse[m] * in.gain[begin + i];
+        if (m >= rows) std::fill(to, to + n, 0);
+        else if (!in.gain) std::copy(from, from + n, to);
+        else for (int i = 0; i < n; i++) to[i] = from[i] * inverse[m] * in.gain[begin + i];
     }
 }
 
 // The same in digits.
 static void gather_digits(const Input& in, const float* inverse, int64 rows, int64 begin, int n, Digits& to) {
-    int M = tile_rows(rows);
-    float x[INPUTS];
-    int8_t digit[2][INPUTS] = {};
-    memset(&to, 0, sizeof to + 2 * M * rounded_up(n, 4));
-    for (int64 m = 0; m < rows; m++) {
-        const float* from = in.x + m * in.stride + begin;
-        if (in.gain) for (int i = 0; i < n; i++) x[i] = from[i] * inverse[m] * in.gain[begin + i];
-        else memcpy(x, from, n * sizeof(float));
-        float most = 1e-30f;
-        for (int i = 0; i < n; i++) most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
-        to.step[m] = most / 32639;                                              // 127 * 256 + 127
-        int32_t sums[2] = {};
-        for (int i = 0; i < n; i++) {
-            int32_t value = (int32_t)(x[i] / to.step[m] + 32768.5f) - 32768;    // rounded, whatever its sign
-            digit[1][i] = (int8_t)value;
-            digit[0][i] = (int8_t)((value - digit[1][i]) >> 8);
-            sums[0] += digit[0][i], sums[1] += digit[1][i];
+    float x[8 * INPUTS];
+    gather(in, inverse, rows, begin, n, x);
+    for (int64 m = 0; m < tile_rows(rows); m++) {
+        float* row = x + m * INPUTS;
+        int padded = rounded_up(n, W);
+        std::fill(row + n, row + padded, 0);
+        Vector most = all(1e-30f);
+        for (int i = 0; i < padded; i += W) {
+            Vector v = load<Vector>(row + i);
+            most = larger(most, larger(v, -v));
+        }
+        to.step[m] = largest(most) / 32639;                                     // 127 * 256 + 127
+        Ints sums[2] = {};
+        for (int i = 0; i < padded; i += W) {
+            Vector steps = load<Vector>(row + i) / to.step[m] + 32768.5f;       // rounded, whatever its sign
+            Ints value = __builtin_convertvector(steps, Ints) - 32768, lower = value << 24 >> 24;
+            Ints digit[2] = {(value - lower) >> 8, lower};
+            for (int d = 0; d < 2; d++) {
+                sums[d] += digit[d];
+                store(to.digits[m][d] + i, __builtin_convertvector(digit[d], Bytes));
+            }
         }
         for (int d = 0; d < 2; d++) {
-            to.start[m][d] = -128 * sums[d];
-            for (int i = 0; i < n; i += 4) memcpy(to.digits + (i / 4 * M + m) * 2 + d, digit[d] + i, 4);
+            to.start[m][d] = 0;
+            for (int lane = 0; lane < W; lane++) to.start[m][d] -= 128 * sums[d][lane];
         }
     }
 }
