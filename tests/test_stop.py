@@ -36,17 +36,19 @@ runpy.run_path({str(ROOT / "generate.py")!r}, run_name="__main__")
 def run(script, *argv, folder, delay=0.0, number=0, largest=0):
     """→ exit status, stderr, stdout, seconds (behind the signal, if it gets one: after a delay, or when a log has
     so many lines)."""
-    def stop(process):
+    begin = None
+
+    def meanwhile(process):
         nonlocal begin
-        while isinstance(delay, Path) and not (delay.exists() and delay.read_bytes().count(b"\n") > 12):
-            time.sleep(0.001)
-        time.sleep(0 if isinstance(delay, Path) else delay)
-        process.send_signal(number)
+        if number:
+            while isinstance(delay, Path) and not (delay.exists() and delay.read_bytes().count(b"\n") > 12):
+                time.sleep(0.001)
+            time.sleep(0 if isinstance(delay, Path) else delay)
+            process.send_signal(number)
         begin = time.perf_counter()
-    begin = time.perf_counter()
     command = ["-c", TUNE] if "--tune" in argv else [ROOT / f"{script}.py"]
     done = forked.run(*command, *argv, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                      meanwhile=stop if number else None, largest=largest)
+                      meanwhile=meanwhile, largest=largest)
     return done.returncode, done.stderr, done.stdout, time.perf_counter() - begin
 
 
