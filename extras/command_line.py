@@ -88,7 +88,7 @@ def command_line(main) -> None:
         if not received or not isinstance(error.exc_value, (KeyboardInterrupt, SystemExit)):
             return sys.__unraisablehook__(error)
         signal.signal(received[-1], interrupt)
-        Timer(0.01, os.kill, (os.getpid(), received[-1])).start()
+        Timer(0.1, os.kill, (os.getpid(), received[-1])).start()
     before, received, hook = {}, [], sys.unraisablehook
     try:
         sys.unraisablehook = swallowed
@@ -108,15 +108,18 @@ def command_line(main) -> None:
             sys.exit(128 + (received or [signal.SIGINT])[-1])
         if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "allocate" in str(error):
             error = UserError(f"not enough memory: smaller batches or fewer new tokens need less ({error})")
-        if isinstance(error, BrokenPipeError):                  # else Python complains once more at its exit
+        try:
+            sys.stdout.flush()
+        except OSError:                                         # else Python complains once more at its exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        elif isinstance(error, (UserError, OSError)):
+        if isinstance(error, BrokenPipeError):
+            return
+        if isinstance(error, (UserError, OSError)):
             line = " ".join(str(error).split())
             line = line if len(line) < 900 else f"{line[:600]} [...] {line[-200:]}"        # a file may hold a novel
             print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
             sys.exit(2)
-        else:
-            raise
+        raise
     finally:
         sys.unraisablehook = hook
         for number, handler in before.items():

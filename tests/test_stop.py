@@ -47,7 +47,8 @@ def run(script, *argv, folder, delay=0.0, number=0, largest=0):
             process.send_signal(number)
         begin = time.perf_counter()
     command = ["-c", TUNE] if "--tune" in argv else [ROOT / f"{script}.py"]
-    done = forked.run(*command, *argv, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = forked.run(*command, *argv, cwd=folder, env=environment | {"OMP_NUM_THREADS": "1"},
                       meanwhile=meanwhile, largest=largest)
     return done.returncode, done.stderr, done.stdout, time.perf_counter() - begin
 
