@@ -2,12 +2,11 @@
 
     python benchmarks/batch.py --threads 1                                  # the embedded model
     python benchmarks/batch.py --threads 1 --fast --name model-fast         # by the C++ engine
-    python benchmarks/batch.py --model DIR --trees docs/results/batch-model.json --name 110M --threads 2
+    python benchmarks/batch.py --model DIR --name 110M --threads 2          # a folder of benchmarks/pad_model.py
 
 Prompts wait for a row as with `generate.py --prompts-file`. Every contestant of a batch size decodes the same prompts,
-in turns, so that what else the machine does hits all alike; medians over the rounds. Trees are grown on the model's own
-texts (as `generate.py --tune` does), or taken from an earlier result. Writes docs/results/batch-NAME.json and .md, or
-PREFIX.json and .md with --out PREFIX.
+in turns, so that what else the machine does hits all alike; medians over the rounds. Trees are grown from the hits in
+the heads' tree.json. Writes docs/results/batch-NAME.json and .md, or PREFIX.json and .md with --out PREFIX.
 """
 import argparse
 import os
@@ -23,29 +22,19 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from compare import processor  # noqa: E402
+from compare import known_hits, processor  # noqa: E402
 
 from extras.command_line import command_line, set_threads  # noqa: E402
-from extras.forecast import grow_tree, joint_hits  # noqa: E402
-from extras.tune import own_texts  # noqa: E402
+from extras.forecast import grow_tree  # noqa: E402
 from fast import engines  # noqa: E402
-from generate import arguments  # noqa: E402
+from loading.checkpoint import TORCH_DTYPES  # noqa: E402
 from loading.documents import openings_of  # noqa: E402
-from loading.files import read_json, write_atomic, write_json  # noqa: E402
-from loading.templates import Plain  # noqa: E402
+from loading.files import write_atomic, write_json  # noqa: E402
+from loading.templates import Plain, load_template  # noqa: E402
 from loading.tokenizer import Tokenizer  # noqa: E402
-from loading.trees import check_paths  # noqa: E402
 from tinymedusa import Tree  # noqa: E402
-from train_heads import evaluate  # noqa: E402
 from variants import batches  # noqa: E402
 from variants.heads import load_heads  # noqa: E402
-
-
-def grown(model, tokenizer, heads, sizes, tune) -> dict:
-    """Number of nodes → paths: the trees of the paths that were right most often in the model's own texts."""
-    documents = own_texts(model, Plain(tokenizer), openings_of(tune), arguments(["--tune", tune]))
-    hits = joint_hits(evaluate(model, heads, documents, 4096)[1])
-    return {nodes: grow_tree(hits, nodes - 1) for nodes in sizes}
 
 
 def decode(decoder, prompts, batch, args) -> dict:
@@ -104,9 +93,10 @@ def table(result) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(ROOT / "model"))
+    parser.add_argument("--heads", help="default: medusa/ in the model's folder")
+    parser.add_argument("--dtype", choices=TORCH_DTYPES, help="of the model (default: generate.py's)")
+    parser.add_argument("--openings", default=str(ROOT / "benchmarks" / "openings.txt"))
     parser.add_argument("--name", default="model")
-    parser.add_argument("--trees", metavar="FILE", help="an earlier result, for its trees")
-    parser.add_argument("--tune", default=str(ROOT / "model" / "tune.txt"))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 3, 4, 6, 8, 16])
     parser.add_argument("--prompts", type=int, default=16, help="at least so many,")
@@ -117,16 +107,16 @@ def main():
     parser.add_argument("--fast", action="store_true", help="decode with the C++ engine, plain and Medusa")
     parser.add_argument("--out", metavar="PREFIX")
     args = parser.parse_args()
-    model = engines.load(args.model, fast=args.fast)
+    model = engines.load(args.model, TORCH_DTYPES.get(args.dtype), fast=args.fast)
     args.fast = engines.mode(model) == "cpu fast"                               # it may not be there
-    heads, tokenizer = load_heads(f"{args.model}/medusa", model), Tokenizer(args.model, model.config)
-    sizes = sorted(set(args.nodes))
-    trees = {int(n): paths for n, paths in read_json(args.trees)["trees"].items()} if args.trees else \
-        grown(model, tokenizer, heads, sizes, args.tune)
-    trees = {1: []} | {n: check_paths(trees[n], len(heads), heads.draft_size) for n in sizes}
+    folder = Path(args.heads or Path(args.model) / "medusa")
+    heads, hits = load_heads(folder, model), known_hits(folder)
+    trees = {nodes: grow_tree(hits, nodes - 1) for nodes in sorted({1, *args.nodes})}
     decoders = {n: engines.decoder(model, heads, Tree.from_paths(paths)) if paths else engines.decoder(model)
                 for n, paths in trees.items()}
-    encoded = tokenizer.encode_batch(openings_of(ROOT / "benchmarks" / "openings.txt"))
+    tokenizer = Tokenizer(args.model, model.config)
+    template = load_template(args.model, tokenizer) or Plain(tokenizer)
+    encoded = [template.prompt(opening) for opening in openings_of(args.openings)]
     set_threads(model, args.threads)
     out = Path(args.out or ROOT / "docs" / "results" / f"batch-{args.name}")
     result = {"title": f"{args.name}, {args.threads} thread{'s' * (args.threads > 1)}, batches",

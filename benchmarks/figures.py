@@ -34,6 +34,7 @@ RESULTS, FIGURES, TREE = ROOT / "docs" / "results", ROOT / "docs" / "figures", R
 MACHINE = "2 cores of an AMD EPYC (Zen 4), Python 3.11.7, torch 2.13.0 CPU"       # of all results saved so far
 SHAPES = {"model": "embedded model", "v0": "padded v0", "110M": "padded 110M", "smollm2": "SmolLM2-135M-Instruct",
           "1B": "padded 1B"}
+PARAMETERS = {"model": 1_050_688, "v0": 4_621_376, "110M": 134_105_856, "1B": 1_261_529_088}
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#999999"     # Okabe and Ito
 COMPARE = "python benchmarks/compare.py SHAPE (options: docs/speed.md)"
 LINES = {"eager": "-", "native f32": "--", "native bf16": ":"}
@@ -120,6 +121,53 @@ def peers() -> None:
     saved(figure, "peers", COMPARE)
 
 
+def gains(name: str) -> dict:
+    """Engine and weights → Medusa's tokens per second over those of plain decoding with the same."""
+    found = {}
+    for row in read_json(RESULTS / f"{name}.json")["rows"]:
+        if row["row"].startswith("ours, Medusa") and "published" not in row["row"] and row.get("to_own_plain"):
+            found[f"C++ {row['precision']}" if "native" in row["row"] else "PyTorch f32"] = row["to_own_plain"]
+    return found
+
+
+def pay() -> None:
+    """Medusa over plain decoding: by the model's size, and of the real model one factor at a time."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(1, 1.25))
+    sizes, real = {name: gains(f"native-{name}") for name in PARAMETERS}, gains("smollm2")
+    modes = "PyTorch f32", "C++ f32", "C++ bf16", "C++ int8"
+    for mode, colour in zip(modes, (GREY, BLUE, GREEN, ORANGE), strict=True):
+        points = [(PARAMETERS[name], found[mode]) for name, found in sizes.items() if mode in found]
+        left.plot(*zip(*points, strict=True), marker="o", color=colour, label=mode)
+        if mode in real:
+            left.plot([134_515_008], [real[mode]], marker="*", markersize=13, color=colour, markeredgecolor="black")
+    left.set(xscale="log", xticks=list(PARAMETERS.values()), xticklabels=["1M", "4.6M", "134M", "1.3B"],
+             xlabel="parameters; circles: the story model padded to a size, stars: SmolLM2-135M-Instruct",
+             ylabel="tokens per second, Medusa / plain decoding", title="by size, one text, greedy")
+    left.minorticks_off()
+    rows = read_json(RESULTS / "batch-smollm2.json")["rows"]
+    speed = lambda size, some: max(r["tokens_per_second"] for r in rows if r["batch"] == size and some(r["nodes"]))
+    at = read_json(RESULTS / "smollm2-questions.json")["rows"]
+    factors = {"engine and weights": {mode: real[mode] for mode in modes if mode in real},
+               "texts at once (C++ bf16)": {str(size): speed(size, lambda n: n > 1) / speed(size, lambda n: n == 1)
+                                            for size in (1, 4, 16)},
+               "temperature (C++ bf16)": {str(row["temperature"]): row["speed-up"] for row in at}}
+    x = 0
+    for (title, bars), colour in zip(factors.items(), (BLUE, ORANGE, GREEN), strict=True):
+        places = range(x, x + len(bars))
+        right.bar(places, bars.values(), color=colour, label=title)
+        for place, (name, value) in zip(places, bars.items(), strict=True):
+            right.text(place, value, f"{value:.2f}", ha="center", va="bottom", fontsize=8)
+            right.text(place, 0.05, name, ha="center", va="bottom", fontsize=8, rotation=90, color="white")
+        x += len(bars) + 1
+    right.set(xticks=[], title="SmolLM2-135M-Instruct, one factor at a time")
+    for axis in (left, right):
+        axis.axhline(1, color="black", linewidth=1)
+        axis.legend(fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    saved(figure, "pay", f"{COMPARE}; benchmarks/batch.py; benchmarks/acceptance.py: docs/does-medusa-pay.md")
+
+
 def depth() -> None:
     """Tokens per step of trees cut off at each depth."""
     data = read_json(RESULTS / "depth.json")
@@ -203,7 +251,8 @@ def batch() -> None:
 
 
 def main():
-    drawn = {"tree-mask": tree_mask, "step-cost": step_cost, "depth": depth, "peers": peers, "batch": batch}
+    drawn = {"tree-mask": tree_mask, "step-cost": step_cost, "depth": depth, "peers": peers, "batch": batch,
+             "pay": pay}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=list(drawn))
     parser.add_argument("--measure-depth", action="store_true")

@@ -102,12 +102,12 @@ nothing was left; I would like to know when the parcel will come; the old house 
 REWRITES = """Rewrite this sentence in a formal tone: {}.|Correct the grammar: {}.|Make this sentence shorter:
 {}.|Translate into French: {}.|Translate into Spanish: {}.|Write a question to which this is the answer: {}.|Continue
 this text: {}.|Say this more politely: {}.|What is the mood of this sentence: {}?"""
-FIRST_WORDS = """Why|Why do|Why does|Why is it important to|How|How can I|How do I|How do you|How does|How should I|What|What
-is|What is a|What is the difference between|What are|What are some good|What are the|What does|What happens when|What
-should I|What makes|When|Where|Which|Who|Who invented|Explain|Explain how|Explain the|Describe|Describe a|Give me|Give
-me a simple|Give me tips for|List|List three|Name|Tell me|Tell me about|Tell me a|Write a|Write a short|Write a short
-story about|Write a poem about|Write an email to|Write a Python function that|Write instructions for|Write a letter|Summarise
-the|Compare|Is it|Can you|Imagine|I want to|I"""
+FIRST_WORDS = """Why|Why do|Why does|Why is it important to|How|How can I|How do I|How do you|How does|How should
+I|What|What is|What is a|What is the difference between|What are|What are some good|What are the|What does|What happens
+when|What should I|What makes|When|Where|Which|Who|Who invented|Explain|Explain how|Explain the|Describe|Describe
+a|Give me|Give me a simple|Give me tips for|List|List three|Name|Tell me|Tell me about|Tell me a|Write a|Write a
+short|Write a short story about|Write a poem about|Write an email to|Write a Python function that|Write instructions
+for|Write a letter|Summarise the|Compare|Is it|Can you|Imagine|I want to|I"""
 TURNS = ["", "Please ", "Can you help me? ", "Hi! ", "Be brief. ", "In one paragraph: ", "Answer in a friendly way: "]
 
 
