@@ -145,7 +145,7 @@ def head_results(heads: MedusaHeads, batch: Batch, hidden: Tensor, teacher=None,
         log_probs = (logits / temperature).log_softmax(dim=-1)
         losses = F.nll_loss(log_probs.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
         losses = losses.view(labels.shape)
-        if teacher is not None:
+        if teacher is not None and (written_at != 0).any():
             with torch.no_grad():
                 target = (teacher(hidden[later]).to(logits.dtype) / temperature).softmax(dim=-1)
             soft = -(target * log_probs).sum(dim=-1).masked_fill(labels == IGNORE, 0)
