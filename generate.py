@@ -115,7 +115,7 @@ def run(decoder: Decoder, tokenizer: Tokenizer, ids: list, args, seed: int, emit
             if tokens is None:
                 break
             text.add_step(tokens, emit)
-            accepted[len(tokens) - 1] += len(text.ids) > 1
+            accepted[len(tokens) - 1] += len(text.ids) > 1          # not by the prefill
         emit(text.add([], end=True), 0)
     recorded = {"recorded": recorded} if args.html else {}
     return text.result() | figures(len(text.ids), 1, accepted, seconds, stages) | recorded
@@ -220,7 +220,7 @@ def main():
     if args.interactive:
         return interactive(Chat(decoder, tokenizer, template, args, lambda ids, seed, emit: run(
             decoder, tokenizer, ids, args, seed, emit)))
-    about = {"tree": f"{len(tree.paths)} nodes, {tree_source}"} if tree else {}
+    about = {"tree": f"{len(tree.paths)} node{'s' * (len(tree.paths) > 1)}, {tree_source}"} if tree else {}
     if together:
         results = many(decoder, tokenizer, prompts, encoded, wrong, args)
         return print_batch(results, len(prompts), about, heads, args)

@@ -6,8 +6,9 @@ of nodes, a plain decoding step is a single node, a Medusa step is a tree. One f
 Parameters have Hugging Face's names (without "model." in front), so a checkpoint is copied by name, as it is.
 loading/ finds the files and checks what is in them; fast/ replaces modules by faster or smaller ones, int8 for example.
 
-Shapes: B rows, T new tokens, S cache slots, W window (the first W slots), H hidden size, V vocabulary size,
-        A attention heads, G key/value heads, D head_dim, L layers, P length of a path through the tree
+Shapes: B rows, T new tokens, S cache slots, W window (the first W slots, all that attention reads), H hidden size,
+        V vocabulary size, A attention heads, G key/value heads, D head_dim, L layers, P length of a path through the
+        tree; B S: both in one dimension
 """
 import math
 from dataclasses import asdict, dataclass
@@ -55,6 +56,7 @@ class LlamaConfig:
         return cls.from_dict(read_config(name_or_path, revision))
 
 # ---------------------------------------------------------------------------------------------- rotary embeddings
+# The next three functions are about contexts longer than the original's; decoding goes on at `rotary_table`.
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
     """Radians per position for each pair of dimensions: [D/2]."""
     exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
@@ -114,10 +116,11 @@ def new_cache(config: LlamaConfig, rows: int, slots: int, like: Tensor) -> Tenso
 def keep_path(cache: Tensor, length: Tensor, path: Tensor) -> None:
     """Move the nodes of a path to the end of the prefix: slot length + path[j] to slot length + j, in place.
 
-    length [B], path [B, P]. All is read before anything is written. Keys were rotated by length + depth, so they fit.
+    length [B], path [B, P]: node path[b, j] has depth j and its key was rotated by length + j, so it fits there; j = 0
+    is the root, node 0, which is in its place. All is read before anything is written.
     """
     if path.shape[1] == 1:
-        return                                                                      # the root is in its place
+        return
     row = torch.arange(len(path), device=path.device)[:, None]
     step = torch.arange(1, path.shape[1], device=path.device)
     cache[:, row, length[:, None] + step] = cache[:, row, length[:, None] + path[:, 1:]]
@@ -131,7 +134,7 @@ def attention_mask(length: Tensor, ancestors: Tensor, window: int) -> Tensor:
     slot = torch.arange(window, device=length.device)
     node = slot - length[:, None]                                                   # [B, W], negative: committed
     is_new = (node >= 0) & (node < len(ancestors))
-    is_ancestor = ancestors[:, node.clamp(0, len(ancestors) - 1)]                   # [T, B, W]
+    is_ancestor = ancestors[:, node.clamp(0, len(ancestors) - 1)]                   # [T, B, W], by token and slot
     sees = (node < 0) | is_new & is_ancestor
     return sees.transpose(0, 1)
 
@@ -245,7 +248,7 @@ class Llama(nn.Module):
 
     def fill_rotary_table(self) -> None:
         device = self.norm.weight.device
-        if device.type != "meta":                       # where nothing can be computed
+        if device.type != "meta":                       # there are only shapes there, nothing to compute with
             self.cos, self.sin = (table.to(device) for table in rotary_table(self.config))  # [positions, D] each
 
     def forward(self, ids: Tensor, position_ids: Tensor | None = None, view: CacheView | None = None) -> Tensor:

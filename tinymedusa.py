@@ -33,12 +33,12 @@ WINDOW_STEP = 32        # attention reads a window of the cache that grows in st
 # ---------------------------------------------------------------------------------------------------------- tree
 class Tree(NamedTuple):
     """A static tree of candidates. Node 0 is the root, the base model's own token; parents precede children."""
-    paths: list         # node → the ranks that lead to it: (0, 2) is guess 2 of head 2 after guess 0 of head 1
+    paths: list         # node → the ranks that lead to it: (0, 2) is head 2's third guess behind head 1's first
     parent: Tensor      # [N], the root is its own parent
     depth: Tensor       # [N], the head that guesses the node; 0 for the root
     rank: Tensor        # [N], which of that head's guesses it is, 0 the first
     ancestors: Tensor   # [N, N] bool: ancestors[i, j] is True if j is i or an ancestor of i
-    retrieve: Tensor    # [N, P] the nodes from the root to node n, padded: beyond its end retrieve[n, j] = j
+    retrieve: Tensor    # [N, P] the nodes from the root to node n, then j itself: `keep_path` copies it to where it is
 
     @classmethod
     def from_paths(cls, paths) -> "Tree":
@@ -59,8 +59,8 @@ class Tree(NamedTuple):
 
     @classmethod
     def from_pretrained(cls, folder, heads: "MedusaHeads", temperature: float = 0.0) -> "Tree":
-        """The tree.json in the heads' folder, for the nearest temperature, else 15 nodes of mc_sim_7b_63. UserError:
-        these heads can't draft it."""
+        """The tree.json in the heads' folder, for the nearest temperature, else 15 nodes of the official tree
+        mc_sim_7b_63. UserError: these heads can't draft it."""
         paths, _ = read_tree(folder, len(heads), heads.draft_size, temperature=temperature)
         return cls.from_paths(paths)
 
@@ -101,9 +101,9 @@ class MedusaHeads(nn.ModuleList):
         self.to(model.norm.weight.dtype)
 
     def forward(self, recent_hidden: Tensor, following: Tensor) -> Tensor:
-        """Logits of every head: recent_hidden [.., R, H], newest last → [.., K, V].
+        """Logits of every head: recent_hidden [B, R, H], newest last → [B, K, V].
 
-        `following` [.., 1 or more]: the tokens after the newest hidden state. Stronger heads see them, these do not.
+        `following` [B, 1 or more]: the tokens after the newest hidden state. Stronger heads see them, these do not.
         """
         hidden = recent_hidden[:, -1]
         return torch.stack([head(hidden) for head in self], dim=1)
@@ -183,7 +183,7 @@ def warp(logits: Tensor, sampling: Sampling) -> Tensor:
 GOLDEN = 0x9E3779B97F4A7C15 - 2 ** 64       # SplitMix64's increment as an int64; products wrap
 
 def mix64(z: Tensor) -> Tensor:
-    """The output function of SplitMix64 (Steele, Lea and Flood 2014), on int64."""
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014), on int64; a mask makes a shift unsigned."""
     z = (z ^ (z >> 30 & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - 2 ** 64)
     z = (z ^ (z >> 27 & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - 2 ** 64)
     return z ^ (z >> 31 & 0x1FFFFFFFF)
@@ -196,7 +196,7 @@ def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     """
     token = torch.arange(1, vocab_size + 1, device=seed.device)
     row_key = mix64(seed)[:, None]                                                          # [B, 1]
-    key = mix64(row_key + GOLDEN * (position + 1))                                          # [B, P]; mix64(0) is 0
+    key = mix64(row_key + GOLDEN * (position + 1))                                          # [B, P]; + 1: mix64(0) is 0
     number = mix64(key[..., None] + GOLDEN * token)                                         # [B, P, V]
     bits = number >> 32 & 0xFFFFFFFF
     v = (bits.float() + 0.5) / 2 ** 32
@@ -234,7 +234,7 @@ def accept(tree: Tree, ids: Tensor, logits: Tensor, noise: Tensor | None, sampli
     Siblings differ, so at most one node per depth survives.
     """
     if noise is not None:
-        noise = noise[:, tree.depth]                            # [B, N, V]: a node's position is emitted + its depth
+        noise = noise[:, tree.depth]            # [B, N, V]: what a node samples comes at position emitted + its depth
     sampled = sample(logits, noise, sampling)                                               # [B, N]
     confirmed = ids == sampled[:, tree.parent]                                              # [B, N]
     confirmed[:, 0] = True                                                                  # the root is given
@@ -299,7 +299,8 @@ class Decoder:
         self.eos = torch.tensor(eos, dtype=torch.long, device=self.device)
 
     def step(self, state: State, window: int, run) -> tuple[State, Tensor, Tensor]:
-        """One decoding step, its stages run by `run` → the next state, out [B, P], count [B]: see `accept`."""
+        """One decoding step → the next state, out [B, P], count [B]: see `accept`. run: self.run, unless the step is
+        clocked as a whole."""
         ids, noise = run("medusa", self.draft, state)
         hidden, logits = run("tree", self.verify, state, ids, window)
         path, out, count = run("posterior", self.accept, self.tree, ids, logits, noise, self.sampling)
@@ -350,7 +351,8 @@ class Decoder:
     def prefill(self, prompts: list, cache: Tensor, recent: int, kept: int = 0) -> tuple[Tensor, Tensor]:
         """Write the prompts to the cache, as chains of nodes, chunk by chunk → length [B], last hidden [B, recent, H].
 
-        kept: the number of slots that hold the beginnings of all prompts already (a chat's earlier turns).
+        kept: the number of slots that hold the beginnings of all prompts already (a chat's earlier turns). Behind its
+        `length` a shorter prompt's row gets padding, which no mask shows.
         """
         total = [len(prompt) for prompt in prompts]
         longest = max(total)
@@ -390,7 +392,7 @@ class Decoder:
             remaining=room.clamp(0, max_new_tokens),
             seed=torch.tensor(list(seeds), device=self.device))
         logits = self.logits(state, root, self.root, hidden)                                # [B, 1, V]
-        noise = self.noise(state)
+        noise = self.noise(state)                               # of the tree's depths; the root samples with the first
         path, out, count = self.accept(self.root, root, logits, noise, self.sampling)
         return self.commit(state, hidden, path, out, count)
 

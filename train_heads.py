@@ -277,6 +277,8 @@ def schedule(documents: list, args) -> tuple[list, int]:
                for b in length_batches(documents, args.batch_tokens, args.seed + epoch)]
     steps = [batches[i:i + args.accumulate] for i in range(0, len(batches), args.accumulate)]
     warmup = min(40, len(steps) // 10) if args.warmup is None else args.warmup
+    if len(steps) < 50 and shard()[0] == 0:
+        print(f"only {len(steps)} steps, heads need hundreds: raise --epochs or lower --batch-tokens", file=sys.stderr)
     if warmup >= len(steps):
         print(f"--warmup {warmup} exceeds the run of {len(steps)} steps: --lr is never reached", file=sys.stderr)
     return steps, warmup

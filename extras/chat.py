@@ -135,7 +135,7 @@ def command(chat: Chat, name: str, file: str) -> str | None:
         chat.show()
         return message if name == "!!regen" else None
     else:
-        print(HELP)
+        print(HELP if name == "!!help" else f"unknown command {name}\n{HELP}")
     return None
 
 def interactive(chat: Chat) -> None:

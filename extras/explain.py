@@ -13,8 +13,10 @@ def explaining(decoder: Decoder, tokenizer: Tokenizer, prompt_ids: list):
         said = tokenizer.stream(before)([token], end=True)
         return json.dumps(said, ensure_ascii=False) if said else tokenizer.backend.id_to_token(token) or f"<{token}>"
     def held(cached: int) -> str:
-        end = tokenizer.stream([])(text[max(0, cached - 12):cached], end=True)
-        return f"{cached} tokens in slots 0 to {cached - 1}, the last ones {json.dumps(end, ensure_ascii=False)}"
+        stream, last = tokenizer.stream([]), text[max(0, cached - 12):cached]
+        special = lambda token: "" if tokenizer.decode([token]) else tokenizer.backend.id_to_token(token) or ""
+        said = "".join(stream([token]) + special(token) for token in last) + stream([], end=True)
+        return f"{cached} tokens in slots 0 to {cached - 1}, the last ones {json.dumps(said, ensure_ascii=False)}"
     def node_line(node: int, ids: list, choice: list, length: int) -> tuple[str, str]:
         path = tree.paths[node]
         way = [ids[i] for i in tree.retrieve[node][:len(path) + 1].tolist()]
@@ -31,9 +33,13 @@ def explaining(decoder: Decoder, tokenizer: Tokenizer, prompt_ids: list):
             print(f"  {'*' if node in kept else ' '} {branches + token:<{wide}}  {facts}")
         new = ", ".join(shown(token, text + out[:i]) for i, token in enumerate(out))
         slots = ", ".join(str(length + node) for node in kept)
+        moved = f"slot {slots} stays, what is behind it"
+        if len(kept) > 1:
+            moved = f"slots {slots} become {length} to {length + len(kept) - 1}, what is behind them"
+        end = "the end of the text" if out[-1] in decoder.eos.tolist() else "the next root"
         print(f"\n  * kept: the root, and of {len(ids) - 1} drafts {len(kept) - 1} that the base model sampled there\n"
-              f"  {len(out)} new tokens: {new}; the last one is sampled at the path's end, the next root\n"
-              f"  slots {slots} become {length} to {length + len(kept) - 1}, what is behind them is discarded")
+              f"  {len(out)} new token{'s' * (len(out) > 1)}: {new}; the last one is sampled at the path's end, "
+              f"{end}\n  {moved} is discarded")
     def telling(piece: str, head: int) -> None:
         nonlocal number
         emit(piece, head)

@@ -154,7 +154,7 @@ def train_options(parser: ArgumentParser) -> None:
     add("--decay", type=number(float, 0), default=0.8, help="head k's loss counts coefficient * decay**k")
     add("--coefficient", type=number(float, 0), default=0.2)
     add("--clip", type=number(float, 0), default=1.0, help="largest norm of the gradient, 0: no limit")
-    add("--batch-tokens", type=number(int, 1), default=4096)
+    add("--batch-tokens", type=number(int, 1), default=4096, help="a few hundred batches make heads, more good ones")
     add("--accumulate", type=number(int, 1), default=1, help="batches per step")
     add("--pack", type=number(int, 8), metavar="LENGTH", help="rows of this length, cut from the stream of documents")
     flag("--bf16", "bfloat16 autocast, for the base model too")

@@ -138,7 +138,7 @@ def tune(model: Llama, template: Plain, openings: list, heads: MedusaHeads | Non
     if args.json:
         return print(json.dumps({"tree": path, "mode": name, **tuned}))
     print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}\n"
-          f"{1:>5}{0:>7}{1:>13.3f}{1000 * plain:>10.3f}{batch / plain:>10.1f}   plain decoding")
+          f"{1:>5}{0:>7}{1:>13.3f}{1000 * plain:>10.3f}{batch / plain:>10.1f}   plain decoding" + ": best" * (not pays))
     for i, row in enumerate(rows):
-        print("{:>5}{:>7}{:>13.3f}{:>10.3f}{:>10.1f}".format(*row.values()) + "   <- best tree" * (i == best))
-    print(f"{path}: {tuned['remark']}\n{drawing(trees[best].paths)}")
+        print("{:>5}{:>7}{:>13.3f}{:>10.3f}{:>10.1f}".format(*row.values()) + "   <- best tree" * (pays and i == best))
+    print(f"{path}: {tuned['remark']}\n{drawing([(), *tuned['paths']])}")

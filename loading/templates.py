@@ -161,5 +161,6 @@ def template_of(args, tokenizer, prompts=()) -> Plain:
     if args.template != "plain" and (chat or args.interactive or not all(isinstance(p, str) for p in prompts)):
         template = load_template(args.model, tokenizer, args.template, args.revision, system=args.system, chat=chat)
     if asked and template is None:
-        raise UserError(f"{asked} needs a chat model: this one goes on with plain text (or say --template vicuna)")
+        instead = "leave out --template plain" if args.template == "plain" else "say --template vicuna"
+        raise UserError(f"{asked} needs a chat model: this one goes on with plain text (or {instead})")
     return template or Plain(tokenizer)

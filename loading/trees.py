@@ -80,8 +80,8 @@ def parse_tree(text, mode: str | None = None, rows: int = 1, temperature: float 
     tree = found[nearest]
     if "paths" not in tree:
         raise UserError("the tree is a JSON object without the key 'paths'")
-    remarks = [tree["remark"]] if "remark" in tree else []
-    remarks += [f"for temperature {nearest}"] if len(found) > 1 else []
+    remarks = [tree["remark"]] if "remark" in tree else [f"not tuned for {mode}"] if mode and not tuned else []
+    remarks += [f"for temperature {nearest}"] if len(found) > 1 or nearest != temperature and "sampling" in tree else []
     return tree["paths"], ", ".join(map(str, remarks)) or None
 
 def read_tree(folder, num_heads: int, vocab_size: int, given=None, mode: str | None = None, rows: int = 1,

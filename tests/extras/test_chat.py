@@ -174,6 +174,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_client(chat_folder):
     terminal = Terminal("--model", chat_folder, "--max-new-tokens", 15000, "--heads", "none")
     terminal.until(CHAT)
     first = answer_of(terminal.say("!!help", CHAT))
+    assert "unknown command !!foo\n" in terminal.say("!!foo bar", CHAT)
     os.write(terminal.master, b"the dog\n")
     terminal.until("ASSISTANT:", last=False)
     os.write(terminal.master, b"\x03")

@@ -33,8 +33,9 @@ def test_what_is_told_is_what_happens(more, cli):
     for step in steps[1:]:
         cached = len(text) + len(new) - 1                                        # all but the pending token
         ids = (text + result["token_ids"])[max(0, cached - 12):cached]
+        last = "<s>" * (cached <= 12) + tokenizer.stream([])(ids, end=True)
         assert step.startswith(f"the cache holds {cached} tokens in slots 0 to {cached - 1}, the last ones "
-                               f"{json.dumps(tokenizer.stream([])(ids, end=True))}\n")
+                               f"{json.dumps(last)}\n")
         nodes = {int(m[4]): m for m in map(NODE.fullmatch, step.splitlines()) if m}
         kept = [n for n in sorted(nodes) if nodes[n][1] == "*"]
         assert sorted(nodes) == list(range(len(nodes))) and len(nodes) > 4 and told(nodes[0][3]) == new[-1]
@@ -43,9 +44,11 @@ def test_what_is_told_is_what_happens(more, cli):
             assert int(node[9]) == cached + int(node[6] or 0)                    # a head's number is its node's depth
         assert [told(nodes[n][3]) for n in kept[1:]] == [told(nodes[n][10]) for n in kept[:-1]]
         some = [told(nodes[n][10]) for n in kept]
-        assert f"{len(some)} new tokens: {', '.join(nodes[n][10] for n in kept)}; the last" in step
+        plural = "s" * (len(some) > 1)
+        assert f"  {len(some)} new token{plural}: {', '.join(nodes[n][10] for n in kept)}; the last" in step
         slots = ", ".join(str(cached + n) for n in kept)
-        assert f"slots {slots} become {cached} to {cached + len(kept) - 1}, what" in step
+        moved = f"slots {slots} become {cached} to {cached + len(kept) - 1}, what is behind them is discarded"
+        assert (moved if len(kept) > 1 else f"slot {cached} stays, what is behind it is discarded") in step
         if not more:                                                             # greedy: the base alone says the same
             ids = torch.tensor([text + result["token_ids"][:len(new)]])
             with torch.no_grad():
@@ -60,6 +63,14 @@ def test_what_is_told_is_what_happens(more, cli):
 def test_the_step_in_the_readme(cli):
     out = cli("generate", "--explain", 1)[1]
     assert out.partition("\n\ntree: 8 nodes")[0] in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_end_is_told(cli):
+    """In the last step alone; special tokens have their names."""
+    steps = cli("generate", "--prompt", "The end.", "--explain", 60)[1].split("\nstep ")
+    assert ["the end of the text" in step for step in steps] == [False] * (len(steps) - 1) + [True]
+    assert ["the next root" in step for step in steps[1:]] == [True] * (len(steps) - 2) + [False]
+    assert re.search(r"new tokens?: (.*, )?</s>; the last one", steps[-1]) and '"<s>The end."' in steps[0]
 
 
 def test_what_cannot_be_explained(cli):

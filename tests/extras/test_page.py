@@ -30,6 +30,7 @@ FACTS = """<script>
 const texts = (from, what) => [...$(from).querySelectorAll(what)].map(node => node.textContent)
 const facts = () => ({step: $("step").value, now: $("now").textContent, chips: texts("tree", ".chip"),
   nodes: [...$("tree").children].map(node => [node.className, ...[...node.children].slice(1).map(c => c.textContent)]),
+  rows: [...$("mask").rows].slice(1).map(row => row.cells[0].textContent),
   mask: [...$("mask").rows].slice(1).map(row => [...row.cells].slice(1).map(cell => +cell.classList.contains("sees"))),
   cache: [...$("cache").rows].map(row => [...row.cells].map(cell => cell.textContent)),
   kept: [...$("cache").rows].map(row => [...row.cells].map(cell => +cell.classList.contains("kept"))),
@@ -230,7 +231,8 @@ def test_a_browser_shows_the_steps_and_hostile_text_as_text(folder, tmp_path, cl
             continue
         length, kept = step["slots"][0], step["path"][:len(step["new"])]
         assert f"step {k} of {last}: {len(kept) - 1} of 7 drafts accepted" in s["now"]
-        assert s["chips"] == [shown(step["ids"][node]) for node in data["order"]]
+        assert s["chips"] == [f"{node}: {shown(step['ids'][node])}" for node in data["order"]]
+        assert s["rows"] == [f"{node}: {shown(id)}" for node, id in enumerate(step["ids"])]
         for node, (state, drafted, chosen) in zip(data["order"], s["nodes"], strict=True):
             assert state == ("node kept" if node in kept else "node out")
             assert drafted == (f"{step['drafted'][node] / 10:g}%" if node else "")

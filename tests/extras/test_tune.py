@@ -86,12 +86,14 @@ def test_tune_forecasts_what_decoding_then_does(kind, tiny_folder, tmp_path, cli
                        "--max-new-tokens", 30, "--temperature", 0.5)
     assert result["tree"] == str(tmp_path / "t.json") and json.loads((tmp_path / "t.json").read_text())["paths"]
     a_node_costs(1.0)                                                            # no tree yields a token a node
-    assert "plain decoding is faster on cpu" in cli("generate", "--model", tiny_folder, "--tune", tmp_path / "o.txt",
-                                                    "--max-new-tokens", 30, "--threads", 1)[1]
+    told = cli("generate", "--model", tiny_folder, "--tune", tmp_path / "o.txt", "--max-new-tokens", 30,
+               "--threads", 1)[1]
+    assert "plain decoding: best\n" in told and "best tree" not in told and told.endswith(" tokens\nroot\n")
+    assert "plain decoding is faster on cpu" in told
     args = ["--model", tiny_folder, "--prompt", "the dog", "--max-new-tokens", 30, "--profile"]
     result, = run_json(cli, *args)
     assert set(result["stages"]) == {"init", "base_inference"} and result["tokens_per_step"] == 1
-    assert result["tree"].startswith(f"1 nodes, {where}: plain decoding is faster on cpu: a step of 2 nodes costs 3.00")
+    assert result["tree"].startswith(f"1 node, {where}: plain decoding is faster on cpu: a step of 2 nodes costs 3.00")
     forced, = run_json(cli, *args, "--tree", "[[0], [1]]")
     assert "tree" in forced["stages"] and forced["token_ids"] == result["token_ids"]
 
@@ -148,6 +150,8 @@ def test_a_tree_for_each_temperature(tiny_folder, tmp_path, cli, monkeypatch):
         return json.loads(tree.read_text())
     alone = tune(0.7)["modes"]["cpu"]
     assert alone["sampling"]["temperature"] == 0.7 and "temperatures" not in alone
+    for near in (0.7, 0.2):                                                      # the only one, for another: named
+        assert parse_tree(tree, "cpu", 1, near)[1].endswith("for temperature 0.7") is (near != 0.7)
     tune(0)
     eight = tune(0, "--batch-size", 8)["modes"]["cpu batch 8"]
     written = tune(1.5)
@@ -160,6 +164,7 @@ def test_a_tree_for_each_temperature(tiny_folder, tmp_path, cli, monkeypatch):
         for mode in ("cpu", "cuda"):                                             # not tuned: the file's own, as for cpu
             paths, remark = parse_tree(tree, mode, 1, temperature)
             assert paths == trees[nearest] and remark.endswith(f"for temperature {nearest}")
+            assert remark.startswith("not tuned for cuda, " if mode == "cuda" else "tuned for cpu: ")
         assert parse_tree(tree, "cpu", 8, temperature)[0] == eight["paths"]
         result, = run_json(cli, "--model", tiny_folder, "--temperature", temperature, "--max-new-tokens", 2)
         assert result["tree"].startswith(f"{len(trees[nearest]) + 1} nodes, {tree}") and str(nearest) in result["tree"]

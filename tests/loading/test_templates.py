@@ -335,6 +335,8 @@ def test_which_template_a_run_takes(tmp_path):
                         ({"template": "model"}, "has no chat template of its own")):
         with pytest.raises(UserError, match=says):
             taken(plain, **asked)
+    with pytest.raises(UserError, match="--system needs a chat model: .* [(]or leave out --template plain[)]"):
+        taken(own, system="S", template="plain")
     with pytest.raises(UserError, match="messages need a chat model"):
         Plain(None).prompt(talk[0])
 
