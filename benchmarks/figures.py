@@ -37,7 +37,6 @@ SHAPES = {"model": "embedded model", "v0": "padded v0", "110M": "padded 110M", "
 PARAMETERS = {"model": 1_050_688, "v0": 4_621_376, "110M": 134_105_856, "1B": 1_261_529_088}
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#999999"     # Okabe and Ito
 COMPARE = "python benchmarks/compare.py SHAPE (options: docs/speed.md)"
-LINES = {"eager": "-", "native f32": "--", "native bf16": ":"}
 
 
 def saved(figure, name: str, command: str) -> None:
@@ -76,28 +75,9 @@ def tree_mask() -> None:
     saved(figure, "tree-mask", "python benchmarks/figures.py --only tree-mask")
 
 
-def step_cost() -> None:
-    """What a step costs in plain steps by its nodes, against the tokens that it yields."""
-    figure, axis = plt.subplots(figsize=(9, 5))
-    for (name, title), colour in zip(SHAPES.items(), (BLUE, GREEN, ORANGE, RED, GREY), strict=True):
-        if not (RESULTS / f"native-{name}-curve.json").exists():
-            continue
-        for mode, points in read_json(RESULTS / f"native-{name}-curve.json")["curve"].items():
-            points = [p for p in points if p["context"] == 128]
-            axis.plot([p["nodes"] for p in points], [p["break_even_tokens_per_step"] for p in points], marker="o",
-                      color=colour, linestyle=LINES[mode], label=f"cost, {title}, {mode}")
-    found = read_json(TREE)["candidates"]
-    axis.plot([1, *(c["nodes"] for c in found)], [1, *(c["tokens_per_step"] for c in found)], color="black",
-              linewidth=3, label="yield: tokens per step of the embedded heads")
-    axis.set(xscale="log", yscale="log", xticks=(nodes := [1, 2, 4, 8, 16, 32, 64]), xticklabels=nodes,
-             yticks=(steps := [1, 2, 3, 4, 6, 10]), yticklabels=steps,
-             xlabel="nodes of the tree, the root included",
-             ylabel="plain steps, or tokens per step", title="A tree pays where the black line is above a cost")
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, ncols=2)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
-    saved(figure, "step-cost", f"{COMPARE} --curve; generate.py --tune")
+def contest(name: str) -> list:
+    """The rows of a shape's saved run of benchmarks/compare.py."""
+    return read_json(RESULTS / f"{'' if name == 'smollm2' else 'native-'}{name}.json")["rows"]
 
 
 def peers() -> None:
@@ -105,7 +85,7 @@ def peers() -> None:
     figure, axes = plt.subplots(3, 2, figsize=(11, 12))
     axes[2, 1].set_visible(False)
     for axis, (name, title) in zip(axes.flat, SHAPES.items(), strict=False):
-        rows = [r for r in read_json(RESULTS / f"native-{name}.json")["rows"] if r.get("tokens_per_second")][::-1]
+        rows = [r for r in contest(name) if r.get("tokens_per_second")][::-1]
         for y, row in enumerate(rows):
             speed, (low, high), lossy = row["tokens_per_second"], row["quartiles"], "lossy" in row["row"]
             axis.barh(y, speed, color=GREY if lossy else BLUE if row["row"].startswith("ours") else ORANGE,
@@ -124,7 +104,7 @@ def peers() -> None:
 def gains(name: str) -> dict:
     """Engine and weights → Medusa's tokens per second over those of plain decoding with the same."""
     found = {}
-    for row in read_json(RESULTS / f"{name}.json")["rows"]:
+    for row in contest(name):
         if row["row"].startswith("ours, Medusa") and "published" not in row["row"] and row.get("to_own_plain"):
             found[f"C++ {row['precision']}" if "native" in row["row"] else "PyTorch f32"] = row["to_own_plain"]
     return found
@@ -133,7 +113,7 @@ def gains(name: str) -> dict:
 def pay() -> None:
     """Medusa over plain decoding: by the model's size, and of the real model one factor at a time."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(1, 1.25))
-    sizes, real = {name: gains(f"native-{name}") for name in PARAMETERS}, gains("smollm2")
+    sizes, real = {name: gains(name) for name in PARAMETERS}, gains("smollm2")
     modes = "PyTorch f32", "C++ f32", "C++ bf16", "C++ int8"
     for mode, colour in zip(modes, (GREY, BLUE, GREEN, ORANGE), strict=True):
         points = [(PARAMETERS[name], found[mode]) for name, found in sizes.items() if mode in found]
@@ -251,7 +231,7 @@ def batch() -> None:
 
 
 def main():
-    drawn = {"tree-mask": tree_mask, "step-cost": step_cost, "depth": depth, "peers": peers, "batch": batch,
+    drawn = {"tree-mask": tree_mask, "depth": depth, "peers": peers, "batch": batch,
              "pay": pay}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=list(drawn))
