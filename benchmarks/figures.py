@@ -129,7 +129,7 @@ def pay() -> None:
     at = read_json(RESULTS / "smollm2-questions.json")["rows"]
     factors = {"engine and weights": {mode: real[mode] for mode in modes if mode in real},
                "texts at once (C++ bf16)": {str(size): speed(size, lambda n: n > 1) / speed(size, lambda n: n == 1)
-                                            for size in (1, 4, 16)},
+                                            for size in sorted({r["batch"] for r in rows})},
                "temperature (C++ bf16)": {str(row["temperature"]): row["speed-up"] for row in at}}
     x = 0
     for (title, bars), colour in zip(factors.items(), (BLUE, ORANGE, GREEN), strict=True):
@@ -139,10 +139,11 @@ def pay() -> None:
             right.text(place, value, f"{value:.2f}", ha="center", va="bottom", fontsize=8)
             right.text(place, 0.05, name, ha="center", va="bottom", fontsize=8, rotation=90, color="white")
         x += len(bars) + 1
+    right.margins(y=0.35)
     right.set(xticks=[], title="SmolLM2-135M-Instruct, one factor at a time")
     for axis in (left, right):
         axis.axhline(1, color="black", linewidth=1)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper right")
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     saved(figure, "pay", f"{COMPARE}; benchmarks/batch.py; benchmarks/acceptance.py: docs/does-medusa-pay.md")
