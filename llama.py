@@ -56,7 +56,7 @@ class LlamaConfig:
         return cls.from_dict(read_config(name_or_path, revision))
 
 # ---------------------------------------------------------------------------------------------- rotary embeddings
-# The next three functions are about contexts longer than the original's; decoding goes on at `rotary_table`.
+# The next two functions are mostly about contexts longer than the original's; decoding goes on at `rotary_table`.
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
     """Radians per position for each pair of dimensions: [D/2]."""
     exponent = torch.arange(0, config.head_dim, 2).float() / config.head_dim
