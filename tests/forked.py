@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SERVER = """
 import atexit, fcntl, gc, io, json, os, resource, runpy, signal, socket, sys, termios, traceback
 import generate, prepare_data, torch, train_heads
+signal.signal(signal.SIGINT, signal.SIG_DFL)    # as the scripts' first lines do; here, for a signal right after the fork
 torch.optim.AdamW([generate.Llama.from_pretrained("model").norm.weight]).step()         # which import more of torch
 gc.freeze()                                     # a collection would copy all pages of a child
 requests, waiting = socket.socket(fileno=int(sys.argv[1])), 0
@@ -59,7 +60,6 @@ if terminal:                                    # so that its Ctrl-C comes here
 if largest:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
 os.chdir(folder)
-signal.signal(signal.SIGINT, signal.SIG_DFL)    # as the scripts' first lines do
 atexit._clear()                                 # torch's functions, which take 40 ms
 status = 1
 try:
