@@ -19,7 +19,6 @@ if __name__ == "__main__":      # Ctrl-C while torch is imported: an end without
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -30,14 +29,14 @@ from tqdm import tqdm
 from extras.command_line import ArgumentParser, command_line, set_threads, shard
 from extras.forecast import noise_given, simulate
 from extras.options import HEADS_FIRST, check_train_options, train_options
-from extras.training import (all_reduce, claimed, end_processes, hidden_file, interruptible, known,
-                             load_checkpoint, metrics_of, metrics_until, report, save_checkpoint, save_results,
-                             save_trees, settings, start_processes)
+from extras.training import (Log, all_reduce, claimed, end_processes, hidden_file, interruptible, known,
+                             load_checkpoint, report, save_checkpoint, save_results, save_trees, settings,
+                             start_processes)
 from llama import Llama, LlamaConfig
 from loading.checkpoint import find
 from loading.documents import HELD_OUT, Document, beside, read_tokens
 from loading.export import export
-from loading.files import UserError, keep_sources, write_text
+from loading.files import UserError, keep_sources
 from loading.tokenizer import Tokenizer
 from tinymedusa import GREEDY, MedusaHeads, Sampling, Tree, perturbed, warp
 from variants.heads import build_heads, draftable, ids_of, load_heads, token_map_of
@@ -295,24 +294,25 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
     weights of an uninterrupted one."""
     model.requires_grad_(False)
     joint = Joint(model, head_backward) if args.medusa_2 else None
-    optimizer, (steps, warmup) = optimizer_of(model, heads, args), schedule(documents, args)
+    optimizer = optimizer_of(model, heads, args)
+    steps, warmup = schedule(documents, args)
     weights = args.coefficient * args.decay ** torch.arange(1, len(heads) + 1).to(next(heads.parameters()))     # [K]
-    checkpoint, first, fixed, done = Path(args.out) / "checkpoint.pt", shard()[0] == 0, settings(args), 0
+    checkpoint, fixed, done = Path(args.out) / "checkpoint.pt", settings(args), 0
     if args.resume:
         done = load_checkpoint(checkpoint, model, heads, optimizer, fixed)
     elif checkpoint.exists():
         raise UserError(f"{checkpoint} is left from a training that was stopped: add --resume, or delete it")
-    log = metrics_until(metrics := Path(args.out) / "metrics.jsonl", done)
-    with tqdm(total=len(steps), initial=done, desc="training heads", unit=" steps", disable=not first) as bar, \
-            interruptible() as received:
-        begin, seen, labels = time.perf_counter(), 0, 0
+    log, labels, first = Log(Path(args.out) / "metrics.jsonl", done), 0, shard()[0] == 0
+    bar = tqdm(total=len(steps), initial=done, desc="training heads", unit=" steps", disable=not first)
+    with bar, interruptible() as received:
         for step, batches in enumerate(steps[done:], done + 1):
-            together = joint and step > HEADS_FIRST * len(steps)
-            model.requires_grad_(bool(together))
+            together = joint is not None and step > HEADS_FIRST * len(steps)
+            model.requires_grad_(together)
             rate = learning_rate(step - 1, len(steps), warmup, args.schedule)
-            for group in optimizer.param_groups:
+            groups = optimizer.param_groups if together else optimizer.param_groups[:1]
+            for group in groups:
                 group["lr"] = rate * group["rate"]
-            trained = [p for group in optimizer.param_groups[:2 if together else 1] for p in group["params"]]
+            trained = [p for group in groups for p in group["params"]]
             logged = step == len(steps) or step % args.log_every == 0
             sums, counts, tokens, stop = train_step(model, heads, batches, joint if together else backward, weights,
                                                     trained, args, logged, bool(received))
@@ -321,13 +321,11 @@ def train(model: Llama, heads: MedusaHeads, documents: list, args) -> None:
             optimizer.step()
             optimizer.zero_grad()
             bar.update()
-            seen, labels = seen + tokens, labels + counts[0]
+            log.tokens += tokens
+            labels = labels + counts[0]
             if logged:
-                speed = {"lr": rate * args.lr, "tokens_per_second": seen / (time.perf_counter() - begin)}
-                log.append(line := metrics_of(step, sums, counts, weights) | speed)
+                line = log.add(step, rate * args.lr, sums, counts, weights)
                 bar.set_postfix(loss=f"{line['loss']:.3f}", top1=" ".join(f"{v or 0:.2f}" for v in line["top1"]))
-            if first and (logged or stop):
-                write_text(metrics, "".join(json.dumps(line) + "\n" for line in log))
             if step < len(steps) and (stop or step % args.save_every == 0):
                 if first:
                     save_checkpoint(checkpoint, model, heads, optimizer, step, fixed)

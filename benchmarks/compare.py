@@ -168,13 +168,13 @@ def known_hits(heads: Path) -> dict:
 
 def fastest_tree(model, heads, hits: dict) -> tuple[list, dict]:
     """The paths with the most expected tokens per second on this engine, here and now, and what was compared."""
+    from extras.forecast import grow_tree
     from extras.tune import step_times
     from fast import engines
     from tinymedusa import Tree
 
     begin = time.perf_counter()
-    order = sorted(hits, key=lambda path: (-hits[path], len(path), path))  # an ancestor is right at least as often
-    trees = {n: order[: n - 1] for n in NODES if n <= 1 + len(order)}
+    trees = {n: grow_tree(hits, n - 1) for n in NODES if n <= 1 + len(hits)}
     make = lambda paths: lambda: engines.decoder(model, heads, Tree.from_paths(paths), eos=())
     makers = {1: lambda: engines.decoder(model, eos=())} | {n: make(paths) for n, paths in trees.items()}
     cost = {n: statistics.quantiles(s)[0] for n, s in step_times(makers, [[1] * 64], STEPS, ROUNDS).items()}
@@ -186,11 +186,11 @@ def fastest_tree(model, heads, hits: dict) -> tuple[list, dict]:
             "tokens_per_second": round(expected / cost[n], 1),
         }
         for n in cost
-        for expected in [1 + sum(hits[path] for path in trees.get(n, ()))]
+        for expected in [1 + sum(hits[tuple(path)] for path in trees.get(n, ()))]
     ]
     best = max(candidates[1:], key=lambda c: c["tokens_per_second"])  # the root alone is another row
     about = {"candidates": candidates, "choosing_s": time.perf_counter() - begin}
-    return [list(path) for path in trees[best["nodes"]]], about
+    return trees[best["nodes"]], about
 
 
 def transformers(folder, args, **generate_options):

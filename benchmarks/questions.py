@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from extras.command_line import set_threads
 from fast import engines
 from llama import LlamaConfig
 from loading.checkpoint import TORCH_DTYPES
@@ -142,8 +143,9 @@ def asked(name: str, seed: int):
     tokenizer = Tokenizer(name, LlamaConfig.from_pretrained(name))
     template = load_template(name, tokenizer)
     before = commonprefix([template.ids([{"role": "user", "content": letter}]) for letter in "A7"])
-    decoder = engines.decoder(engines.load(name, TORCH_DTYPES["bfloat16"], "cpu", fast=True),
-                              sampling=Sampling(0.8), eos=tokenizer.eos)
+    model = engines.load(name, TORCH_DTYPES["bfloat16"], "cpu", fast=True)
+    set_threads(model, rows=32)
+    decoder = engines.decoder(model, sampling=Sampling(0.8), eos=tokenizer.eos)
     openings = split(FIRST_WORDS, "|") * 8                  # so many that the batch stays full
     prompts = [before + tokenizer.encode(words)[len(tokenizer.bos):] for words in openings]
     for first in count(seed, len(prompts)):

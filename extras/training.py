@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 try:
@@ -19,7 +20,7 @@ from extras.forecast import grow_tree, joint_hits
 from llama import Llama
 from loading.checkpoint import TORCH_DTYPES
 from loading.files import (UserError, model_name, read_json, tokenizer_files, writable, write_atomic,
-                           write_json)
+                           write_json, write_text)
 from loading.trees import with_temperatures
 from tinymedusa import MedusaHeads, Tree
 from variants.heads import save as save_heads
@@ -135,22 +136,28 @@ def known(values, counts: Tensor) -> list:
     """Means as JSON has them: None where nothing was counted."""
     return [value if n else None for value, n in zip(values, counts.tolist(), strict=True)]
 
-def metrics_of(step: int, sums: Tensor, counts: Tensor, weights: Tensor) -> dict:
-    """sums [3, K] of each head's loss, top-1 and top-5, over counts [3, K] labels → a line of metrics.jsonl. UserError:
-    it has diverged."""
-    means = sums / counts.clamp(min=1)
-    if not means[0].isfinite().all():
-        raise UserError(f"the loss is no longer finite at step {step}: train again with a lower --lr")
-    loss, top1, top5 = map(known, means.tolist(), counts)
-    return {"step": step, "loss": float(weights @ means[0]), "head_loss": loss, "top1": top1, "top5": top5}
+class Log:
+    """metrics.jsonl: means over the labels of some steps, and in a resumed training the lines up to where it goes on."""
+    def __init__(self, file: Path, done: int):
+        self.file, self.tokens, self.begin, lines = file, 0, time.perf_counter(), []
+        for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if done and file.is_file() else []:
+            with suppress(ValueError, RecursionError):          # only a log: what can't be read of it is left out
+                lines.append(json.loads(text))
+        self.lines = [line for line in lines
+                      if isinstance(line, dict) and type(line.get("step")) is int and line["step"] <= done]
 
-def metrics_until(file: Path, step: int) -> list[dict]:
-    """The lines of metrics.jsonl up to a step; it is only a log, so what can't be read of it is left out."""
-    lines = []
-    for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if step and file.is_file() else []:
-        with suppress(ValueError, RecursionError):
-            lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int and line["step"] <= step]
+    def add(self, step: int, rate: float, sums: Tensor, counts: Tensor, weights: Tensor) -> dict:
+        """The means of sums [3, K], each head's loss, top-1 and top-5, over counts [3, K]. UserError: it diverged."""
+        means = sums / counts.clamp(min=1)
+        if not means[0].isfinite().all():
+            raise UserError(f"the loss is no longer finite at step {step}: train again with a lower --lr")
+        loss, top1, top5 = map(known, means.tolist(), counts)
+        speed = self.tokens / (time.perf_counter() - self.begin)
+        self.lines.append({"step": step, "loss": float(weights @ means[0]), "head_loss": loss, "top1": top1,
+                           "top5": top5, "lr": rate, "tokens_per_second": speed})
+        if shard()[0] == 0:
+            write_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
+        return self.lines[-1]
 
 def save_results(args, model: Llama, heads: MedusaHeads) -> Path:
     """Writes heads, or with --medusa-2 the new base model in HF's layout with its tokenizer → the heads' folder. Heads
