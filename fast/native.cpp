@@ -557,19 +557,20 @@ struct Engine {
     Buffer input, start, drafted;           // of the heads
     std::vector<int64> ids, guesses, path;  // [B, N], [rows of a head, ranks], [B, P]
     double clock[5];
-    double by_itself[65];                   // seconds of a step of each number of nodes on one thread; see `judge`
+    std::vector<double> by_itself;          // seconds of a step by its nodes, of all rows, on one thread; see `judge`
     int alone = 0, pause = 16, waited = 0;
 
     explicit Engine(const Model& m) : model(m) { set_threads(1); }
     void set_threads(int threads) {
         team = std::make_unique<Team>(threads);
         scratch.resize(threads);
-        std::fill(by_itself, by_itself + 65, 0);
+        by_itself.clear();
         alone = waited = 0, pause = 16;
     }
     // A thread that shares its core with something else keeps all others waiting, for milliseconds. Where two steps in
     // a row took longer than one thread needs, it goes on alone for a while, twice as long each time.
     void judge(int64 nodes, double seconds) {
+        if ((int64)by_itself.size() <= nodes) by_itself.resize(nodes + 1);
         double& one = by_itself[nodes];
         if (one == 0) alone = 2;                                                // not known yet
         if (alone > 0) {
@@ -1177,7 +1178,7 @@ void engine_step(Engine* e, State* s, const Heads* heads, const Tree* tree, cons
             commit(*e, *s, P, e->path.data(), N, e->hidden, row, out, count[row], eos);
         clock(4);
     });
-    e->judge(N, e->clock[4] - e->clock[0]);
+    e->judge(B * N, e->clock[4] - e->clock[0]);
 }
 
 const float* engine_logits(const Engine* e) { return e->logits; }
