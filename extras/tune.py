@@ -20,7 +20,7 @@ from tinymedusa import ROOT, MedusaHeads, Tree
 from variants import batches
 
 NODES, ROUNDS, STEPS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), 6, 10   # sizes of tree; each is timed 6 x 10 steps
-SPREAD, CHEAPER = 1.3, 1.05     # timings that differ more are disturbed, as are trees that beat a plain step by more
+SPREAD, CHEAPER = 1.4, 1.05     # costs that differ more are disturbed, as are trees that beat a plain step by more
 
 def own_texts(model: Llama, template: Plain, openings: list, args) -> list[Document]:
     openings = [template.prompt(opening) for opening in openings]
@@ -54,19 +54,22 @@ def turn_seconds(model: Llama, heads: MedusaHeads, trees: list, prompts: list, a
     return [sorted(times)[len(times) // 4] for times in step_times(makers, prompts, STEPS).values()]
 
 def step_seconds(model: Llama, heads: MedusaHeads, trees: list, prompts: list, args) -> list[float]:
-    """`turn_seconds` of several turns, the lower quartile: what else the machine does only ever adds. Where that shows,
-    there are more turns; a line on stderr says so if they are disturbed as well."""
+    """The median plain step; for each tree, that times the median of its step over the plain step of the same turn, as
+    the machine's speed changes. Where turns contradict each other there are more; a line on stderr says if it's vain."""
     turns = []
     for doing in ("timing", "timing again", "and again"):
         turns += [turn_seconds(model, heads, trees, prompts, args) for _ in tqdm(range(ROUNDS), desc=doing)]
-        ordered = [sorted(times) for times in zip(*turns, strict=True)]
-        seconds = [times[len(turns) // 4] for times in ordered]
-        spread = max(times[len(turns) // 2] / times[0] for times in ordered)
-        if spread < SPREAD and min(seconds) > seconds[0] / CHEAPER:
-            return seconds
-    print(f"--tune: something else runs on this machine: steps took up to {spread:.1f} times their best, and one with "
-          f"a tree {min(seconds) / seconds[0]:.2f} plain steps; try again when it is quiet", file=sys.stderr)
-    return seconds
+        plain, n = sorted(turn[0] for turn in turns), len(turns)
+        ratios = [sorted(turn[i] / turn[0] for turn in turns) for i in range(len(turns[0]))]
+        costs = [ratio[n // 2] for ratio in ratios]
+        spread = max(ratio[2 * n // 3] / ratio[n // 3] for ratio in ratios)
+        if spread < SPREAD and min(costs) > 1 / CHEAPER:
+            break
+    else:
+        print(f"--tune: something else runs on this machine: a tree's step took {spread:.1f} times as many plain steps "
+              f"in some turns as in others, and one {min(costs):.2f} plain steps; try again when it is quiet",
+              file=sys.stderr)
+    return [plain[n // 2] * cost for cost in costs]
 
 def grown_trees(hits: dict, heads: MedusaHeads) -> list[Tree]:
     """Trees of all sizes; for Hydra, whose every depth costs a call of a head, also shallower ones."""

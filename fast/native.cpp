@@ -174,7 +174,7 @@ struct Worker {
 // product reads memory from front to end. Two 16-bit numbers share a lane of 32 bits, or four 8-bit ones.
 enum Kind { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 constexpr int PANEL = 2 * W;
-constexpr int AHEAD = 8192;                 // bytes to fetch ahead, of all panels that are read at once
+constexpr int AHEAD = 8192;                 // bytes, see `fetch`
 constexpr int INPUTS = 512;                 // inputs at a time, so that those of 8 rows stay in the first cache
 
 struct Matrix {                             // y = W x + bias; as in native.py
@@ -219,6 +219,15 @@ struct Float16 {                            // exponent and mantissa moved into 
     }
 };
 
+// Ask for weights before they are needed. For one row the processor's own prefetcher is fastest. The arithmetic of many
+// rows takes about as long as the reading: there weights come early to the second cache, lest one wait for the other.
+template <int M, bool wide> static inline void fetch(const char* at) {
+    if constexpr (M >= (wide ? 6 : 4)) {
+        __builtin_prefetch(at + AHEAD / 2);
+        __builtin_prefetch(at + 2 * AHEAD, 0, 2);
+    } else if constexpr (M > 1) __builtin_prefetch(at + AHEAD);
+}
+
 // M rows times Q panels, n inputs of each: y += x W. x [M, INPUTS], y with `width` floats between rows.
 template <class Weights, int M, int Q>
 static void tile(const float* x, const char* w, int64 panel_bytes, int n, float* y, int64 width, int rows, bool first) {
@@ -233,7 +242,7 @@ static void tile(const float* x, const char* w, int64 panel_bytes, int n, float*
             Vector a, b;
             Weights::weights(w + q * panel_bytes, a, b);
             UNROLLED for (int line = 0; line < step_bytes; line += 64)
-                __builtin_prefetch(w + q * panel_bytes + AHEAD / Q + line);
+                fetch<M, std::is_same_v<Weights, Float32>>(w + q * panel_bytes + line);
             UNROLLED for (int m = 0; m < M; m++) {
                 total[m][q][0] += x[m * INPUTS] * a;
                 total[m][q][1] += x[m * INPUTS] * b;
@@ -273,7 +282,7 @@ static void tile_of_digits(const Digits& x, const char* w, int n, float* y, int6
             total[m][digit][0] = total[m][digit][1] = Ints{} + x.start[m][digit];
     for (int i = 0; i < n; i += 4, w += 8 * W) {
         Bits a = load<Bits>(w), b = load<Bits>(w + 4 * W);
-        UNROLLED for (int line = 0; line < 8 * W; line += 64) __builtin_prefetch(w + AHEAD + line);
+        UNROLLED for (int line = 0; line < 8 * W; line += 64) fetch<M, false>(w + line);
         UNROLLED for (int m = 0; m < M; m++)
             UNROLLED for (int digit = 0; digit < 2; digit++) {
                 int32_t four = load<int32_t>(x.digits[m][digit] + i);
