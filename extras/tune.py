@@ -55,14 +55,14 @@ def turn_seconds(model: Llama, heads: MedusaHeads, trees: list, prompts: list, a
 
 def step_seconds(model: Llama, heads: MedusaHeads, trees: list, prompts: list, args) -> list[float]:
     """The median plain step; for each tree, that times the median of its step over the plain step of the same turn, as
-    the machine's speed changes. Where turns contradict each other there are more; a line on stderr says if it's vain."""
+    the machine's speed changes. Where turns contradict each other there are more; a line on stderr says if in vain."""
     turns = []
     for doing in ("timing", "timing again", "and again"):
         turns += [turn_seconds(model, heads, trees, prompts, args) for _ in tqdm(range(ROUNDS), desc=doing)]
         plain, n = sorted(turn[0] for turn in turns), len(turns)
         ratios = [sorted(turn[i] / turn[0] for turn in turns) for i in range(len(turns[0]))]
         costs = [ratio[n // 2] for ratio in ratios]
-        spread = max(ratio[2 * n // 3] / ratio[n // 3] for ratio in ratios)
+        spread = max(ratio[3 * n // 4] / ratio[n // 4] for ratio in ratios)
         if spread < SPREAD and min(costs) > 1 / CHEAPER:
             break
     else:
