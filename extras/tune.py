@@ -100,9 +100,10 @@ def candidates(trees: list, costs: list, ranks: list, own: list, batch: int) -> 
     return rows
 
 def tune(model: Llama, template: Plain, openings: list, heads: MedusaHeads | None, path: str, evaluate, args) -> None:
-    """Writes to `path`, for this device and --batch-size, the tree with the most expected tokens per second here, or
-    the root alone where none beats plain decoding by 3 %. Every second text grows the trees, the others forecast their
-    tokens per step; a step's cost is measured (as in Sequoia, arXiv 2402.12374). evaluate: train_heads.py's."""
+    """Writes to `path`, for this device and --batch-size, the smallest tree within 3 % of the most expected tokens per
+    second here, or the root alone where none beats plain decoding by 3 %. Every second text grows the trees, the others
+    forecast tokens per step; the cost of a step is measured (as in Sequoia, arXiv 2402.12374). evaluate: the script's.
+    """
     if heads is None or args.acceptance != "match":
         raise UserError("--tune needs heads: give --heads FOLDER" if heads is None else
                         "--tune forecasts acceptance by match: leave out --acceptance")
@@ -121,7 +122,8 @@ def tune(model: Llama, template: Plain, openings: list, heads: MedusaHeads | Non
     longest = max(documents, key=len).ids
     plain, *costs = step_seconds(model, heads, [None, *trees], [longest[:len(longest) // 2].tolist()] * batch, args)
     rows = candidates(trees, costs, ranks[1], own[1], batch)
-    best = max(range(len(rows)), key=lambda i: rows[i]["tokens_per_second"])
+    fastest = max(row["tokens_per_second"] for row in rows)
+    best = next(i for i, row in enumerate(rows) if 1.03 * row["tokens_per_second"] >= fastest)   # fewest nodes first
     chosen, places = rows[best], sum(rank.shape[1] for rank in ranks[0])
     pays, paths = chosen["tokens_per_second"] * plain > 1.03 * batch, [list(p) for p in trees[best].paths[1:]]
     cost = (f"a step of {chosen['nodes']} nodes costs {chosen['step_ms'] / 1000 / plain:.2f} plain steps and yields "
