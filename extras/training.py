@@ -137,7 +137,7 @@ def known(values, counts: Tensor) -> list:
     return [value if n else None for value, n in zip(values, counts.tolist(), strict=True)]
 
 class Log:
-    """metrics.jsonl: means over the labels of some steps, and in a resumed training the lines up to where it goes on."""
+    """metrics.jsonl: means over the labels of some steps, and when resumed, the lines up to there."""
     def __init__(self, file: Path, done: int):
         self.file, self.tokens, self.begin, lines = file, 0, time.perf_counter(), []
         for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if done and file.is_file() else []:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SERVER = """
 import atexit, fcntl, gc, io, json, os, resource, runpy, signal, socket, sys, termios, traceback
 import generate, prepare_data, torch, train_heads
-signal.signal(signal.SIGINT, signal.SIG_DFL)    # as the scripts' first lines do; here, for a signal right after the fork
+signal.signal(signal.SIGINT, signal.SIG_DFL)    # as the scripts' first lines do, for one right after the fork
 torch.optim.AdamW([generate.Llama.from_pretrained("model").norm.weight]).step()         # which import more of torch
 gc.freeze()                                     # a collection would copy all pages of a child
 requests, waiting = socket.socket(fileno=int(sys.argv[1])), 0
