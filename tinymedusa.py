@@ -298,6 +298,7 @@ class Decoder:
         eos = model.config.eos_token_ids if eos is None else tuple(eos)
         self.eos = torch.tensor(eos, dtype=torch.long, device=self.device)
 
+    @torch.inference_mode()
     def step(self, state: State, window: int, run) -> tuple[State, Tensor, Tensor]:
         """One decoding step → the next state, out [B, P], count [B]: see `accept`. run: self.run, unless the step is
         clocked as a whole."""
@@ -373,6 +374,7 @@ class Decoder:
             length = length + count
         return length, last
 
+    @torch.inference_mode()
     def start(self, prompts: list, max_new_tokens: int, seeds, cache: Tensor) -> tuple[State, Tensor, Tensor]:
         """Prefill, then the first new token, accepted and committed like any other.
 
@@ -403,7 +405,6 @@ class Decoder:
         slots = min(longest, config.max_position_embeddings) + len(self.tree.paths)
         return new_cache(config, len(prompts), slots, like=self.model.norm.weight)
 
-    @torch.inference_mode()
     def generate(self, prompts: list, max_new_tokens: int, seeds=None):
         """Yield the new ids of every prompt, a list of B lists: once for the prefill, then for each step.
 

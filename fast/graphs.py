@@ -14,6 +14,7 @@ def recorded(function):
 class GraphDecoder(Decoder):
     """Decoder for one GPU whose step is replayed, unless its stages are watched or top-p looks at numbers on the way.
     The state lives in the same memory from step to step."""
+    @torch.inference_mode()
     def step(self, state: State, window: int, run):
         if run is not call or self.sampling.top_p < 1:
             return super().step(state, window, run)

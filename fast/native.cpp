@@ -514,7 +514,8 @@ struct Model {
     double eps;
     const Layer* layer;
     const float* norm;                      // [H]
-    Matrix lm_head;
+    Matrix lm_head, screen;                 // screen: the lm_head in 8 bits too, or no matrix
+    const float* screen_error;              // [width of screen], see `logits`
     int64 table_kind;
     const void* table;                      // [V, H] embeddings; null: lm_head's rows
     const float *cos, *sin;                 // [positions, D] of rotary_table
@@ -563,6 +564,7 @@ struct Engine {
     int64 rows, T;                          // of the newest forward: B, and the nodes of a row
     Buffer x, y, q, k, v, attended, gate, up, hidden, logits;                   // of R nodes
     Buffer nodes;                           // keys and values of a tree's nodes, see Slots
+    Buffer least;                           // [R, threads], see `logits`
     Buffer input, start, drafted;           // of the heads
     std::vector<int64> ids, guesses, path;  // [B, N], [rows of a head, ranks], [B, P]
     double clock[5];
@@ -826,6 +828,40 @@ static void forward(Worker& worker, Engine& e, State& s, const Tree* tree, const
         for (int64 i = 0; i < H; i++) e.hidden[r * H + i] = e.x[r * H + i] * norm * m.norm[i];
     }
     worker.barrier();
+}
+
+// The logits of R nodes. Where only the largest of a node matters, the lm_head in 8 bits gives each logit to within
+// |hidden| times its output's `screen_error` (Screen in native.py says why); only panels of which one may be the largest
+// are computed from the weights themselves. The others keep what is below it.
+static void logits(Worker& worker, Engine& e, int64 R, bool greedy) {
+    const Model& m = e.model;
+    int64 H = m.hidden, width = m.lm_head.width(), begin = worker.begin(width / PANEL), end = worker.end(width / PANEL);
+    if (!greedy || !m.screen.data) return product(worker, {e.hidden, H}, R, {&m.lm_head}, {e.logits});
+    product(worker, {e.hidden, H}, R, {&m.screen}, {e.logits});
+    float *norm = worker.floats(2 * R), *least = norm + R;                      // least: what the largest logit reaches
+    for (int64 r = 0; r < R; r++) {
+        float* y = e.logits + r * width;
+        norm[r] = std::sqrt((float)H) / inverse_rms(e.hidden + r * H, H, 0);
+        if (end * PANEL > m.lm_head.outputs) std::fill(y + m.lm_head.outputs, y + width, -1e30f);
+        Vector most = all(-1e30f);
+        for (int64 o = begin * PANEL; o < end * PANEL; o += W)
+            most = larger(most, load<Vector>(y + o) - norm[r] * load<Vector>(m.screen_error + o));
+        e.least[r * worker.threads + worker.id] = largest(most);
+    }
+    worker.barrier();
+    for (int64 r = 0; r < R; r++) {
+        const float* of_workers = e.least + r * worker.threads;
+        least[r] = *std::max_element(of_workers, of_workers + worker.threads);
+    }
+    for (int64 p = begin; p < end; p++)
+        for (int64 r = 0; r < R; r++) {
+            float* y = e.logits + r * width;
+            Vector most = all(-1e30f);
+            for (int64 o = p * PANEL; o < (p + 1) * PANEL; o += W)
+                most = larger(most, load<Vector>(y + o) + norm[r] * load<Vector>(m.screen_error + o));
+            for (int64 i = 0; any(most >= least[r]) && i < H; i += INPUTS)
+                panels_of(e.hidden + r * H + i, m.lm_head, p, p + 1, i, std::min<int64>(INPUTS, H - i), y, 1);
+        }
 }
 
 // ----------------------------------------------------------------------------------------------------------- sampling
@@ -1107,6 +1143,13 @@ static double now() {
 
 extern "C" {
 int64 engine_lanes() { return W; }
+int64 engine_screens() {                    // does it pay to read the lm_head in 8 bits first?
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+    return 1;
+#else
+    return 0;
+#endif
+}
 Engine* engine_new(const Model* model) { return new Engine(*model); }
 void engine_free(Engine* engine) { delete engine; }
 void engine_threads(Engine* engine, int64 threads) { engine->set_threads(threads); }
@@ -1165,11 +1208,14 @@ void engine_step(Engine* e, State* s, const Heads* heads, const Tree* tree, cons
         clock(0);
         if (N > 1) draft(worker, *e, *s, *heads, *tree, *sampling);
         else if (worker.id == 0) e->ids.assign(s->token, s->token + B);
-        if (worker.id == 0) e->reserve(B, N, N > 1), e->logits.fit(B * N * lm_head.width());
+        if (worker.id == 0) {
+            e->reserve(B, N, N > 1);
+            e->logits.fit(B * N * lm_head.width()), e->least.fit(B * N * worker.threads);
+        }
         worker.barrier();
         clock(1);
         forward(worker, *e, *s, N > 1 ? tree : nullptr, e->ids.data(), tree->depth);
-        product(worker, {e->hidden, e->model.hidden}, B * N, {&lm_head}, {e->logits});
+        logits(worker, *e, B * N, sampling->temperature == 0);
         worker.barrier();
         clock(2);
         for (int64 row = worker.begin(B); row < worker.end(B); row++) {

@@ -34,7 +34,8 @@ class LayerStruct(Structure):
 
 class ModelStruct(Structure):
     _fields_ = (fields("hidden heads kv_heads head_dim layers") + fields("eps", c_double) + pointers("layer norm") +
-                fields("lm_head", MatrixStruct) + fields("table_kind") + pointers("table cos sin"))
+                fields("lm_head screen", MatrixStruct) + pointers("screen_error") + fields("table_kind") +
+                pointers("table cos sin"))
 
 class BlockStruct(Structure):
     _fields_ = fields("up down", MatrixStruct)
@@ -70,7 +71,7 @@ def engine() -> ctypes.CDLL:
     lib = library()
     for name in ("new", "forward", "draft", "clock"):
         getattr(lib, f"engine_{name}").restype = c_void_p
-    for name in ("lanes", "matrix_bytes"):
+    for name in ("lanes", "screens", "matrix_bytes"):
         getattr(lib, f"engine_{name}").restype = c_int64
     return lib
 
@@ -102,6 +103,22 @@ def allocate(lib: ctypes.CDLL, matrices, from_memory: bool = False) -> Tensor:
     for matrix, begin in zip(matrices, accumulate(sizes, initial=memory.data_ptr()), strict=False):
         matrix.struct.data, matrix.struct.from_memory = begin, from_memory or sum(sizes) > CACHE
     return memory
+
+class Screen(Packed):
+    """The lm_head in 8 bits as well, by which the engine finds a greedy token: a logit differs from its by at most
+    |hidden| `error`. By Cauchy and Schwarz: |rounding of the weights|, and |weights| times the rounding of the inputs
+    (half of 1/32639 of the largest, each) and of the sums (at most 2^-24 each, in both products)."""
+    def __init__(self, lib: ctypes.CDLL, shape: tuple, kept: torch.dtype):
+        super().__init__(lib, shape, torch.int8)
+        panel = 2 * lib.engine_lanes()
+        self.kept, self.error = kept, torch.zeros(-(-shape[0] // panel) * panel, device="cpu")
+
+    def fill(self, rows: slice, values: Tensor) -> None:
+        values, inputs = values.to(self.kept).float(), values.shape[1]
+        super().fill(rows, values)
+        rounding = values - self.rows(torch.arange(rows.start, rows.start + len(values)))
+        relative = inputs ** 0.5 / 60000 + (inputs + 16) / 2 ** 23
+        self.error[rows] = 1.001 * (rounding.norm(dim=1) + relative * values.norm(dim=1))
 
 class NativeLinear(nn.Module):
     """lm_head, as a module."""
@@ -148,7 +165,10 @@ class NativeLlama(nn.Module):
             elif isinstance(module, RMSNorm):
                 self.vectors[name] = torch.empty(module.weight.shape, device="cpu")
                 self.register_buffer(name.replace(".", "_") + "_weight", self.vectors[name])
-        self.memory = allocate(self.lib, self.matrices.values())
+        self.screen = None
+        if not quantized and self.lib.engine_screens():
+            self.screen = Screen(self.lib, self.matrices["lm_head"].shape, dtype)
+        self.memory = allocate(self.lib, [m for m in (*self.matrices.values(), self.screen) if m])
         for name, rows, values in pieces:
             self.fill(name, rows, values)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -159,17 +179,18 @@ class NativeLlama(nn.Module):
     def fill(self, parameter: str, rows: slice, values: Tensor) -> None:
         """Some rows of a parameter of Llama."""
         name, _, kind = parameter.rpartition(".")
+        if name == "embed_tokens":
+            if self.table is not None:
+                self.table[rows] = values.to(self.table.dtype)
+            name = "lm_head" if self.config.tie_word_embeddings else name
         if name in self.vectors:
             self.vectors[name][rows] = values.float()
         elif kind == "bias":
             self.matrices[name].bias[rows] = values.float()
-        elif name != "embed_tokens":
+        elif name in self.matrices:
             self.matrices[name].fill(rows, values)
-        else:
-            if self.table is not None:
-                self.table[rows] = values.to(self.table.dtype)
-            if self.config.tie_word_embeddings:
-                self.matrices["lm_head"].fill(rows, values)
+            if name == "lm_head" and self.screen:
+                self.screen.fill(rows, values)
 
     def new_engine(self) -> c_void_p:
         config = self.config
@@ -183,10 +204,11 @@ class NativeLlama(nn.Module):
             layer.post_norm = at(self.vectors[f"layers.{i}.post_attention_layernorm"])
         self.cos, self.sin = rotary_table(config)
         table_kind = 0 if self.table is None else KINDS[self.table.dtype]
+        screen = (self.screen.struct, at(self.screen.error)) if self.screen else (MatrixStruct(), None)
         model = ModelStruct(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
                             config.num_hidden_layers, config.rms_norm_eps, ctypes.addressof(self.layers),
-                            at(self.vectors["norm"]), self.lm_head.matrix.struct, table_kind, at(self.table),
-                            at(self.cos), at(self.sin))
+                            at(self.vectors["norm"]), self.lm_head.matrix.struct, *screen, table_kind,
+                            at(self.table), at(self.cos), at(self.sin))
         return c_void_p(self.lib.engine_new(byref(model)))
 
     def __del__(self):

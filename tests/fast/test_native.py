@@ -22,7 +22,16 @@ from extras.compare import margin
 from fast import build
 from fast.build import Unavailable
 from fast.int8 import Int8Linear, quantize
-from fast.native import NativeDecoder, NativeLlama, NativeLookupDecoder
+from fast.native import (
+    NativeDecoder,
+    NativeLinear,
+    NativeLlama,
+    NativeLookupDecoder,
+    Packed,
+    Screen,
+    allocate,
+    engine,
+)
 from llama import Llama
 from loading.files import UserError
 from loading.heads import KINDS
@@ -489,6 +498,50 @@ def test_heads_on_8_bits_draft_what_they_do_in_torch(token_map, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ the noise
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("inputs", [3, 64, 515])
+def test_the_error_of_the_screen_is_below_its_bound(inputs, dtype):
+    """Of weights and inputs of all sorts, some of them far larger than the others; the bound is of use too."""
+    generator = torch.Generator().manual_seed(inputs)
+    normal = partial(torch.randn, generator=generator)
+    weights = normal(300, inputs) * torch.logspace(-2, 2, 300)[:, None]
+    weights[::7, ::3] *= 30
+    weights[50] = 0
+    x = normal(40, inputs) * torch.logspace(-2, 2, 40)[:, None]
+    x[::5, ::4] *= 100
+    native = packed(tiny_llama(dtype=torch.float32))
+    exact, screen = (kind(native.lib, weights.shape, kept) for kind, kept in ((Packed, dtype), (Screen, dtype)))
+    kept = [allocate(native.lib, [matrix]) for matrix in (exact, screen)]
+    for matrix in (exact, screen):
+        matrix.fill(slice(0, 100), weights[:100])
+        matrix.fill(slice(100, 300), weights[100:])
+    expected, found = (NativeLinear(native, matrix)(x) for matrix in (exact, screen))
+    bound = x.norm(dim=1)[:, None] * screen.error[:300]
+    assert ((found - expected).abs() <= bound).all() and kept
+    assert ((found - expected).abs() > 0.05 * bound).any()
+    assert (bound <= 0.05 * x.norm(dim=1)[:, None] * weights.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_a_screened_token_has_the_largest_logit(dtype, threads, monkeypatch):
+    """Of an lm_head whose rows are nearly the same, or the very same, far below what 8 bits can tell apart."""
+    monkeypatch.setattr(engine(), "engine_screens", lambda: True)               # whatever processor this is
+    model = tiny_llama(dtype=torch.float32, vocab_size=1003, hidden_size=40, max_position_embeddings=320)
+    nearly_the_same = torch.randn(5, 1, 40) * (1 + torch.eye(4, 40) / 128)
+    model.lm_head.weight.data = nearly_the_same.flatten(0, 1)[torch.randint(20, (1003,))]
+    native = packed(model, dtype)
+    native.set_threads(threads)
+    heads = tiny_heads(native, noise=0.05)
+    prompts = [[5, 1, 7], [9, 2, 30, 4, 1], [3]]
+    for decoder in (NativeDecoder(native, eos=()), NativeDecoder(native, heads, TREE, eos=())):
+        for prompt, text in zip(prompts, texts(decoder, prompts, 60), strict=True):
+            logits = native.lm_head(native(torch.tensor([prompt + text[:-1]])))[0, len(prompt) - 1:]
+            assert text == logits.numpy().argmax(-1).tolist()
+            as_large = (logits == logits.amax(-1, keepdim=True)).sum(-1)
+            assert (as_large > 1).any() and len(set(text)) > 5
+
 
 @pytest.mark.parametrize("std", [0.02, 0.3, 3.0], ids=["flat", "middling", "sharp"])
 def test_the_engine_samples_as_torch_does(std):
