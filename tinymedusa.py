@@ -398,6 +398,7 @@ class Decoder:
         path, out, count = self.accept(self.root, root, logits, noise, self.sampling)
         return self.commit(state, hidden, path, out, count)
 
+    @torch.inference_mode()
     def new_cache(self, prompts: list, max_new_tokens: int) -> Tensor:
         """A cache for the prompts, what follows them, and the tree behind that."""
         config = self.model.config

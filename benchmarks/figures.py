@@ -126,7 +126,7 @@ def pay() -> None:
     left.minorticks_off()
     rows = read_json(RESULTS / "batch-smollm2.json")["rows"]
     speed = lambda size, some: max(r["tokens_per_second"] for r in rows if r["batch"] == size and some(r["nodes"]))
-    at = read_json(RESULTS / "smollm2-questions.json")["rows"]
+    at = [row for file in sorted(RESULTS.glob("smollm2-questions*.json")) for row in read_json(file)["rows"]]
     factors = {"engine and weights": {mode: real[mode] for mode in modes if mode in real},
                "texts at once (C++ bf16)": {str(size): speed(size, lambda n: n > 1) / speed(size, lambda n: n == 1)
                                             for size in sorted({r["batch"] for r in rows})},
