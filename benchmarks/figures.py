@@ -130,7 +130,8 @@ def pay() -> None:
     factors = {"engine and weights": {mode: real[mode] for mode in modes if mode in real},
                "texts at once (C++ bf16)": {str(size): speed(size, lambda n: n > 1) / speed(size, lambda n: n == 1)
                                             for size in sorted({r["batch"] for r in rows})},
-               "temperature (C++ bf16)": {str(row["temperature"]): row["speed-up"] for row in at}}
+               "temperature (C++ bf16)": {str(row["temperature"]): row["speed-up"]
+                                          for row in sorted(at, key=lambda row: row["temperature"])}}
     x = 0
     for (title, bars), colour in zip(factors.items(), (BLUE, ORANGE, GREEN), strict=True):
         places = range(x, x + len(bars))
@@ -143,7 +144,7 @@ def pay() -> None:
     right.set(xticks=[], title="SmolLM2-135M-Instruct, one factor at a time")
     for axis in (left, right):
         axis.axhline(1, color="black", linewidth=1)
-        axis.legend(fontsize=8, loc="upper right")
+        axis.legend(fontsize=8, loc="upper left" if axis is left else "upper right")
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     saved(figure, "pay", f"{COMPARE}; benchmarks/batch.py; benchmarks/acceptance.py: docs/does-medusa-pay.md")
@@ -227,7 +228,7 @@ def batch() -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.tight_layout(rect=(0, 0.15, 1, 1))
     saved(figure, "batch", ";\n".join(commands))
 
 
