@@ -92,7 +92,7 @@ struct Net {                                // a model and its heads
             unpacked_row(m, o, rounded);
             for (int64 i = 0; i < H; i++)
                 off += std::pow(weights[i] - rounded[i], 2), all += std::pow(weights[i], 2);
-            error[o] = 1.001 * (std::sqrt(off) + (std::sqrt(H) / 60000 + (H + 16) * 0x1p-23) * std::sqrt(all));
+            error[o] = 1.001 * (std::sqrt(off) + (std::sqrt(H) / 60000 + (H + 16) * 0x1p-23) * std::sqrt(all)) + 1e-20;
         }
         model.screen = m, model.screen_error = error;
     }

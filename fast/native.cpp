@@ -4,7 +4,8 @@
 // of a product is one running sum over the inputs in their order; attention adds the slots of a lane in their order;
 // threads share out outputs, heads and rows, never a sum. So the logits of a node are equal in every bit to those of a
 // plain step at its place, whatever tree, chunk, batch or number of threads computes it, and Medusa's tokens are plain
-// decoding's. Weights stay in the checkpoint's own 16 bits (or 32, or 8) and are multiplied in float32.
+// decoding's. Weights stay in the checkpoint's own 16 bits (or 32) and are multiplied in float32, or are whole numbers
+// of 8 bits. A greedy step leaves logits inexact that can't be the largest, see `logits`.
 //
 // Shapes: B rows, T new tokens of each ("nodes"), R = B T, K heads; H hidden size, V vocabulary size, L layers,
 //         A attention heads, G key/value heads, D head_dim, P path length; W numbers in a vector, and slots in a block
@@ -831,14 +832,18 @@ static void forward(Worker& worker, Engine& e, State& s, const Tree* tree, const
 }
 
 // The logits of R nodes. Where only the largest of a node matters, the lm_head in 8 bits gives each logit to within
-// |hidden| times its output's `screen_error` (Screen in native.py says why); only panels of which one may be the largest
-// are computed from the weights themselves. The others keep what is below it.
+// |hidden| times its output's `screen_error` (Screen in native.py says why). Only panels that may hold the largest are
+// computed from the weights themselves; the others keep their 8-bit logits, which are certainly smaller.
 static void logits(Worker& worker, Engine& e, int64 R, bool greedy) {
     const Model& m = e.model;
     int64 H = m.hidden, width = m.lm_head.width(), begin = worker.begin(width / PANEL), end = worker.end(width / PANEL);
     if (!greedy || !m.screen.data) return product(worker, {e.hidden, H}, R, {&m.lm_head}, {e.logits});
+    for (int64 r = 0; r < R; r++) {         // a norm whose squares underflow or overflow bounds nothing
+        float rms = 1 / inverse_rms(e.hidden + r * H, H, 0);
+        if (!(rms > 1e-15f && rms < 1e15f)) return product(worker, {e.hidden, H}, R, {&m.lm_head}, {e.logits});
+    }
     product(worker, {e.hidden, H}, R, {&m.screen}, {e.logits});
-    float *norm = worker.floats(2 * R), *least = norm + R;                      // least: what the largest logit reaches
+    float *norm = worker.floats(2 * R), *least = norm + R;                      // the largest logit is at least `least`
     for (int64 r = 0; r < R; r++) {
         float* y = e.logits + r * width;
         norm[r] = std::sqrt((float)H) / inverse_rms(e.hidden + r * H, H, 0);
@@ -859,7 +864,8 @@ static void logits(Worker& worker, Engine& e, int64 R, bool greedy) {
             Vector most = all(-1e30f);
             for (int64 o = p * PANEL; o < (p + 1) * PANEL; o += W)
                 most = larger(most, load<Vector>(y + o) + norm[r] * load<Vector>(m.screen_error + o));
-            for (int64 i = 0; any(most >= least[r]) && i < H; i += INPUTS)
+            if (!any(most >= least[r])) continue;
+            for (int64 i = 0; i < H; i += INPUTS)
                 panels_of(e.hidden + r * H + i, m.lm_head, p, p + 1, i, std::min<int64>(INPUTS, H - i), y, 1);
         }
 }

@@ -105,9 +105,10 @@ def allocate(lib: ctypes.CDLL, matrices, from_memory: bool = False) -> Tensor:
     return memory
 
 class Screen(Packed):
-    """The lm_head in 8 bits as well, by which the engine finds a greedy token: a logit differs from its by at most
-    |hidden| `error`. By Cauchy and Schwarz: |rounding of the weights|, and |weights| times the rounding of the inputs
-    (half of 1/32639 of the largest, each) and of the sums (at most 2^-24 each, in both products)."""
+    """The lm_head in 8 bits as well, by which the engine finds a greedy token: a logit and its 8-bit one differ by at
+    most |hidden| times the output's `error`. By Cauchy and Schwarz that is |rounding of the weights|, and |weights|
+    times the rounding of the inputs (1/65278 of the largest, each) and of the sums (2^-24 each, in both products);
+    60000, + 16 and 1.001 leave room for the roundings of steps, scales, norms and of the bound itself."""
     def __init__(self, lib: ctypes.CDLL, shape: tuple, kept: torch.dtype):
         super().__init__(lib, shape, torch.int8)
         panel = 2 * lib.engine_lanes()
@@ -118,7 +119,7 @@ class Screen(Packed):
         super().fill(rows, values)
         rounding = values - self.rows(torch.arange(rows.start, rows.start + len(values)))
         relative = inputs ** 0.5 / 60000 + (inputs + 16) / 2 ** 23
-        self.error[rows] = 1.001 * (rounding.norm(dim=1) + relative * values.norm(dim=1))
+        self.error[rows] = 1.001 * (rounding.norm(dim=1) + relative * values.norm(dim=1)) + 1e-20     # of tiny rows
 
 class NativeLinear(nn.Module):
     """lm_head, as a module."""
@@ -204,7 +205,8 @@ class NativeLlama(nn.Module):
             layer.post_norm = at(self.vectors[f"layers.{i}.post_attention_layernorm"])
         self.cos, self.sin = rotary_table(config)
         table_kind = 0 if self.table is None else KINDS[self.table.dtype]
-        screen = (self.screen.struct, at(self.screen.error)) if self.screen else (MatrixStruct(), None)
+        bounded = self.screen and self.screen.error.isfinite().all()            # not where a weight is inf or NaN
+        screen = (self.screen.struct, at(self.screen.error)) if bounded else (MatrixStruct(), None)
         model = ModelStruct(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
                             config.num_hidden_layers, config.rms_norm_eps, ctypes.addressof(self.layers),
                             at(self.vectors["norm"]), self.lm_head.matrix.struct, *screen, table_kind,

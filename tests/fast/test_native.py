@@ -520,7 +520,7 @@ def test_the_error_of_the_screen_is_below_its_bound(inputs, dtype):
     bound = x.norm(dim=1)[:, None] * screen.error[:300]
     assert ((found - expected).abs() <= bound).all() and kept
     assert ((found - expected).abs() > 0.05 * bound).any()
-    assert (bound <= 0.05 * x.norm(dim=1)[:, None] * weights.norm(dim=1)).all()
+    assert (bound <= 0.05 * x.norm(dim=1)[:, None] * weights.norm(dim=1) + 1e-15).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -541,6 +541,29 @@ def test_a_screened_token_has_the_largest_logit(dtype, threads, monkeypatch):
             assert text == logits.numpy().argmax(-1).tolist()
             as_large = (logits == logits.amax(-1, keepdim=True)).sum(-1)
             assert (as_large > 1).any() and len(set(text)) > 5
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("change", ["a weight is NaN", "a weight is inf", "gain 1e-23", "gain 1e20, a row is 0"])
+def test_where_nothing_is_bounded_nothing_is_screened(change, threads, monkeypatch):
+    model = tiny_llama(dtype=torch.float32, vocab_size=1000, hidden_size=40, max_position_embeddings=320)
+    nearly_the_same = torch.randn(5, 1, 40) * (1 + torch.eye(4, 40) / 128)
+    model.lm_head.weight.data = nearly_the_same.flatten(0, 1)[torch.randint(20, (1000,))]
+    if change.startswith("a weight"):
+        model.lm_head.weight.data = torch.randn(1000, 40)
+        model.lm_head.weight.data[16:32] *= 3
+        model.lm_head.weight.data[16:32, 3] = float(change.split()[-1])
+    else:
+        model.norm.weight.data *= float(change.split(",")[0].split()[1])
+        model.lm_head.weight.data[16] = 0
+    found = []
+    for screens in (False, True):
+        monkeypatch.setattr(engine(), "engine_screens", lambda screens=screens: screens)
+        native = packed(model)
+        native.set_threads(threads)
+        assert bool(native.screen) == screens
+        found.append(texts(NativeDecoder(native, eos=()), [[5, 1, 7], [9, 2, 30]], 40))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("std", [0.02, 0.3, 3.0], ids=["flat", "middling", "sharp"])
