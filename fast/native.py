@@ -105,8 +105,8 @@ def allocate(lib: ctypes.CDLL, matrices, from_memory: bool = False) -> Tensor:
     return memory
 
 class Screen(Packed):
-    """The lm_head in 8 bits as well: a logit and its 8-bit one differ by at most |hidden| times the output's `error`. By
-    Cauchy and Schwarz that is |rounding of the weights|, and |weights| times the rounding of the inputs (1/65278 of the
+    """The lm_head in 8 bits as well: a logit and its 8-bit one differ by at most |hidden| times the output's `error`:
+    by Cauchy and Schwarz |rounding of the weights|, and |weights| times the rounding of the inputs (1/65278 of the
     largest, each) and of the sums (2^-24 each); 60000, + 16 and 1.001 leave room for all that is rounded besides."""
     def __init__(self, lib: ctypes.CDLL, shape: tuple, kept: torch.dtype):
         super().__init__(lib, shape, torch.int8)
