@@ -838,15 +838,13 @@ static void logits(Worker& worker, Engine& e, int64 R, bool greedy) {
     const Model& m = e.model;
     int64 H = m.hidden, width = m.lm_head.width(), begin = worker.begin(width / PANEL), end = worker.end(width / PANEL);
     if (!greedy || !m.screen.data) return product(worker, {e.hidden, H}, R, {&m.lm_head}, {e.logits});
-    for (int64 r = 0; r < R; r++) {         // a norm whose squares underflow or overflow bounds nothing
-        float rms = 1 / inverse_rms(e.hidden + r * H, H, 0);
-        if (!(rms > 1e-15f && rms < 1e15f)) return product(worker, {e.hidden, H}, R, {&m.lm_head}, {e.logits});
-    }
     product(worker, {e.hidden, H}, R, {&m.screen}, {e.logits});
     float *norm = worker.floats(2 * R), *least = norm + R;                      // the largest logit is at least `least`
     for (int64 r = 0; r < R; r++) {
-        float* y = e.logits + r * width;
-        norm[r] = std::sqrt((float)H) / inverse_rms(e.hidden + r * H, H, 0);
+        float *y = e.logits + r * width, rms = 1 / inverse_rms(e.hidden + r * H, H, 0);
+        if (!(rms > 1e-15f && rms < 1e15f))                                     // its squares may under- or overflow
+            return product(worker, {e.hidden, H}, R, {&m.lm_head}, {e.logits});
+        norm[r] = std::sqrt((float)H) * rms;
         if (end * PANEL > m.lm_head.outputs) std::fill(y + m.lm_head.outputs, y + width, -1e30f);
         Vector most = all(-1e30f);
         for (int64 o = begin * PANEL; o < end * PANEL; o += W)

@@ -82,7 +82,8 @@ class Packed:
         self.lib, self.shape, self.dtype, self.bias = lib, shape, dtype, bias
         self.scale = torch.empty(shape[0]) if dtype == torch.int8 else None
         self.struct = MatrixStruct(KINDS[dtype], *shape, 0, None, at(self.scale), at(bias))
-        self.bytes = lib.engine_matrix_bytes(byref(self.struct))
+        self.bytes, panel = lib.engine_matrix_bytes(byref(self.struct)), 2 * lib.engine_lanes()
+        self.width = -(-shape[0] // panel) * panel      # of a row of outputs
 
     def fill(self, rows: slice, values: Tensor) -> None:
         values = values.to(torch.float32 if self.dtype == torch.int8 else self.dtype).contiguous()
@@ -110,8 +111,7 @@ class Screen(Packed):
     largest, each) and of the sums (2^-24 each); 60000, + 16 and 1.001 leave room for all that is rounded besides."""
     def __init__(self, lib: ctypes.CDLL, shape: tuple, kept: torch.dtype):
         super().__init__(lib, shape, torch.int8)
-        panel = 2 * lib.engine_lanes()
-        self.kept, self.error = kept, torch.zeros(-(-shape[0] // panel) * panel, device="cpu")
+        self.kept, self.error = kept, torch.zeros(self.width, device="cpu")
 
     def fill(self, rows: slice, values: Tensor) -> None:
         values, inputs = values.to(self.kept).float(), values.shape[1]
@@ -134,9 +134,8 @@ class NativeLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[.., H] → [.., V] float32."""
         model, (outputs, inputs) = self.model[0], self.matrix.shape
-        x, panel = x.float().contiguous(), 2 * model.lib.engine_lanes()
-        rows, width = x.numel() // inputs, -(-outputs // panel) * panel
-        y = torch.empty(rows, width)
+        x, rows = x.float().contiguous(), x.numel() // inputs
+        y = torch.empty(rows, self.matrix.width)
         model.lib.engine_product(model.engine, byref(self.matrix.struct), c_int64(rows), at(x), at(y))
         return y[:, :outputs].view(*x.shape[:-1], outputs)
 
@@ -187,7 +186,7 @@ class NativeLlama(nn.Module):
             self.vectors[name][rows] = values.float()
         elif kind == "bias":
             self.matrices[name].bias[rows] = values.float()
-        elif name in self.matrices:
+        elif name != "embed_tokens":
             self.matrices[name].fill(rows, values)
             if name == "lm_head" and self.screen:
                 self.screen.fill(rows, values)

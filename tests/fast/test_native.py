@@ -497,7 +497,7 @@ def test_heads_on_8_bits_draft_what_they_do_in_torch(token_map, tmp_path):
         assert ours == theirs
 
 
-# ------------------------------------------------------------------------------------------------------------ the noise
+# ----------------------------------------------------------------------------------------------------------- the screen
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("inputs", [3, 64, 515])
@@ -565,6 +565,8 @@ def test_where_nothing_is_bounded_nothing_is_screened(change, threads, monkeypat
         found.append(texts(NativeDecoder(native, eos=()), [[5, 1, 7], [9, 2, 30]], 40))
     assert found[0] == found[1]
 
+
+# ------------------------------------------------------------------------------------------------------------ the noise
 
 @pytest.mark.parametrize("std", [0.02, 0.3, 3.0], ids=["flat", "middling", "sharp"])
 def test_the_engine_samples_as_torch_does(std):
