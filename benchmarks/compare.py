@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 QUIET = 0.06  # of a core: what other processes may use while a contestant runs
 PUBLISHED = 63  # nodes of mc_sim_7b_63, the root not counted
-NODES, ROUNDS, STEPS = (2, 3, 4, 6, 8, 12, 16), 6, 4  # a native row's tree: sizes to choose from, timed 6 x 4 steps
+NODES = (2, 3, 4, 6, 8, 12, 16)  # of a native row's tree: sizes to choose from
 CURVE = {"eager": (1, 2, 4, 8, 16, 32, 64), "native": (1, 2, 4, 6, 8, 16)}  # nodes
 UNTRAINED = "untrained Hydra heads (4, width 256, draft vocabulary of 2048): what they cost is what trained ones cost"
 
@@ -168,39 +168,29 @@ def known_hits(heads: Path) -> dict:
 
 def fastest_tree(model, heads, hits: dict) -> tuple[list, dict]:
     """The paths of the smallest tree within 3 % of the most expected tokens per second on this engine, here and now,
-    and what was compared. A step costs what the plain step of the same turn costs times a median ratio, as --tune does.
-    """
+    and what was compared; a step costs what --tune would measure."""
     from extras.forecast import grow_tree
-    from extras.tune import step_times
-    from fast import engines
-    from tinymedusa import Tree
+    from extras.tune import step_seconds
+    from tinymedusa import GREEDY, Tree
 
     begin = time.perf_counter()
-    trees = {n: grow_tree(hits, n - 1) for n in NODES if n <= 1 + len(hits)}
-    make = lambda paths: lambda: engines.decoder(model, heads, Tree.from_paths(paths), eos=())
-    makers = {1: lambda: engines.decoder(model, eos=())} | {n: make(paths) for n, paths in trees.items()}
-    turns = []
-    for _ in range(ROUNDS):
-        turn = step_times(makers, [[1] * 64], STEPS)
-        turns.append({n: statistics.quantiles(seconds)[0] for n, seconds in turn.items()})
-    plain = statistics.median(turn[1] for turn in turns)
+    paths = [grow_tree(hits, n - 1) for n in NODES if n <= 1 + len(hits)]
+    trees, greedy = map(Tree.from_paths, paths), argparse.Namespace(sampling=GREEDY)
+    costs = step_seconds(model, heads, [None, *trees], [[1] * 64], greedy)
     candidates = []
-    for n, paths in ({1: []} | trees).items():
-        expected = 1 + sum(hits[tuple(path)] for path in paths)
-        cost = plain * statistics.median(turn[n] / turn[1] for turn in turns)
+    for some, cost in zip([[], *paths], costs, strict=True):
+        expected = 1 + sum(hits[tuple(path)] for path in some)
         candidates.append(
             {
-                "nodes": n,
+                "nodes": 1 + len(some),
                 "tokens_per_step": round(expected, 3),
                 "step_ms": round(1000 * cost, 4),
                 "tokens_per_second": round(expected / cost, 1),
             }
         )
-    with_heads = candidates[1:]  # the root alone is another row
-    fastest = max(c["tokens_per_second"] for c in with_heads)
-    best = next(c for c in with_heads if 1.03 * c["tokens_per_second"] >= fastest)
-    about = {"candidates": candidates, "choosing_s": time.perf_counter() - begin}
-    return trees[best["nodes"]], about
+    speeds = [c["tokens_per_second"] for c in candidates[1:]]  # the root alone is another row
+    best = next(i for i, speed in enumerate(speeds) if 1.03 * speed >= max(speeds))
+    return paths[best], {"candidates": candidates, "choosing_s": time.perf_counter() - begin}
 
 
 def transformers(folder, args, **generate_options):
