@@ -11,6 +11,7 @@ weights have 4 bits (Q4_1), those of the vocabulary 8: they are near the publish
 
 import argparse
 import sys
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from extras.command_line import command_line  # noqa: E402
+from llama import LlamaConfig  # noqa: E402
 from loading.checkpoint import TORCH_DTYPES, full_name  # noqa: E402
 from loading.config import to_json  # noqa: E402
 from loading.files import UserError, write_atomic, write_json, write_tensors  # noqa: E402
@@ -114,7 +116,8 @@ def config_of(meta: dict, tied: bool, dtype: str) -> dict:
     eps = float(f"{fields['rms_norm_eps']:.7g}")  # 1e-05 was stored as a float32
     eos = (fields.pop("eos_token_id"),)
     rest = {"rms_norm_eps": eps, "tie_word_embeddings": tied, "dtype": dtype, "eos_token_ids": eos}
-    return to_json({**fields, **rest, "pad_token_id": meta["tokenizer.ggml.padding_token_id"]})
+    config = asdict(LlamaConfig(**fields | rest))
+    return to_json(config | {"pad_token_id": meta["tokenizer.ggml.padding_token_id"]})
 
 
 def tokenizer_of(meta: dict):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from fast import int8
 from fast.build import Unavailable
-from fast.graphs import GraphDecoder
+from fast.graphs import GraphDecoder, GraphLookupDecoder, GraphPlainDecoder
 from fast.native import NativeDecoder, NativeLlama, NativeLookupDecoder
 from llama import Llama
 from tinymedusa import GREEDY, ROOT, Decoder, PlainDecoder, Sampling, Tree, call
@@ -29,10 +29,11 @@ def decoder(model, heads=None, tree: Tree = ROOT, sampling: Sampling = GREEDY, e
     if isinstance(model, NativeLlama):
         kind = NativeLookupDecoder if lookup else NativeDecoder
         return kind(model, heads, tree, sampling, eos, run)
+    graphs = getattr(model, "graphs", False)
     if heads is None:
-        return PlainDecoder(model, sampling, eos, run)
-    kind = LookupDecoder if lookup else GraphDecoder if getattr(model, "graphs", False) else Decoder
-    return kind(model, heads, tree, sampling, eos, run)
+        return (GraphPlainDecoder if graphs else PlainDecoder)(model, sampling, eos, run)
+    kinds = (GraphLookupDecoder, GraphDecoder) if graphs else (LookupDecoder, Decoder)
+    return kinds[not lookup](model, heads, tree, sampling, eos, run)
 
 def set_threads(model, threads: int) -> None:
     """The CPU threads that the model's engine uses."""

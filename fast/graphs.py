@@ -1,8 +1,12 @@
 """The step as a CUDA graph: its hundreds of small kernels are recorded once and started with a single call."""
+import weakref
 import torch
-from tinymedusa import Decoder, State, call
+from torch import Tensor
+from llama import new_cache
+from tinymedusa import Decoder, PlainDecoder, State, call
+from variants.lookup import LookupDecoder
 
-WINDOW = 256        # attention's window grows in these steps: each size is recorded once
+WINDOW = 256        # attention's window grows in these steps, as do caches: each size is recorded once
 
 def recorded(function):
     """What replays the kernels that `function` starts, on the same memory."""
@@ -13,27 +17,61 @@ def recorded(function):
 
 class GraphDecoder(Decoder):
     """Decoder for one GPU whose step is replayed, unless its stages are watched or top-p looks at numbers on the way.
-    The state lives in the same memory from step to step."""
+
+    A graph reads and writes the memory that it was recorded on: `memory` is that state. A generation that begins when
+    the last one is over gets its cache again, and so its graphs.
+    """
+    memory, cache, lent = None, None, lambda: None
+
     @torch.inference_mode()
     def step(self, state: State, window: int, run):
         if run is not call or self.sampling.top_p < 1:
             return super().step(state, window, run)
-        if state is not getattr(self, "state", None):
-            self.state, self.replays = State(state.cache, *(tensor.clone() for tensor in state[1:])), {}
+        if self.memory is None or state.length is not self.memory.length:       # not the one that we returned last
+            self.take(state)
         if window not in self.replays:
             self.replays[window] = self.record(window)
         self.replays[window]()
-        return self.state, self.out, self.count
+        return State(state.cache, *self.memory[1:]), self.out, self.count
+
+    def take(self, state: State) -> None:
+        """Go on from another state: in the same memory if it has the same cache."""
+        mine, theirs = self.memory and self.memory.cache, state.cache
+        if mine is not None and (mine.data_ptr(), mine.shape) == (theirs.data_ptr(), theirs.shape):
+            values = [tensor.clone() for tensor in state[1:]]                   # some may be ours
+            for into, value in zip(self.memory[1:], values, strict=True):
+                into.copy_(value)
+        else:
+            self.memory = State(theirs.detach(), *(tensor.clone() for tensor in state[1:]))
+            self.replays = {}
 
     def record(self, window: int):
-        """The step that reads self.state and writes it, self.out and self.count."""
-        _, out, count = super().step(self.state, window, call)  # allocates; what it writes, the replay writes again
+        """The step that reads self.memory and writes it, self.out and self.count."""
+        _, out, count = super().step(self.memory, window, call)     # allocates; what it writes, the replay writes again
         self.out, self.count = out.clone(), count.clone()
         def step():
-            state, out, count = super(GraphDecoder, self).step(self.state, window, call)
-            for into, value in zip((*self.state[1:], self.out, self.count), (*state[1:], out, count), strict=True):
+            state, out, count = super(GraphDecoder, self).step(self.memory, window, call)
+            for into, value in zip((*self.memory[1:], self.out, self.count), (*state[1:], out, count), strict=True):
                 into.copy_(value)
         return recorded(step)
 
-    def window(self, used: int, cache) -> int:
+    def window(self, used: int, cache: Tensor) -> int:
         return min(-(-used // WINDOW) * WINDOW, cache.shape[2])
+
+    @torch.inference_mode()
+    def new_cache(self, prompts: list, max_new_tokens: int) -> Tensor:
+        """The last one again, if it has the size and nobody holds it any longer."""
+        config, longest = self.model.config, max(map(len, prompts)) + max_new_tokens
+        slots = min(-(-longest // WINDOW) * WINDOW, config.max_position_embeddings) + len(self.tree.paths)
+        if self.cache is None or self.cache.shape[1:3] != (len(prompts), slots) or self.lent() is not None:
+            self.cache = self.memory = None                                     # before the next one: there may be no
+            self.cache = new_cache(config, len(prompts), slots, like=self.model.norm.weight)    # room for both
+        cache = self.cache.zero_().detach()
+        self.lent = weakref.ref(cache)
+        return cache
+
+class GraphPlainDecoder(GraphDecoder, PlainDecoder):
+    """Plain decoding by graphs."""
+
+class GraphLookupDecoder(LookupDecoder, GraphDecoder):
+    """Prompt lookup by graphs."""

@@ -43,7 +43,8 @@ def ids_layer(cache: Tensor, config: LlamaConfig) -> Tensor:
 
 def read_ids(layer: Tensor) -> Tensor:
     """The ids in it, a byte in each number, exact in 16 bits: [B, S]."""
-    return (layer[..., :3].long() * torch.tensor([1, 256, 65536], device=layer.device)).sum(dim=-1)
+    low, middle, high = layer[..., :3].long().unbind(-1)
+    return low + 256 * middle + 65536 * high
 
 class LookupDecoder(Decoder):
     """A decoder that writes the ids of all that it commits into the cache."""
