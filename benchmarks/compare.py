@@ -4,6 +4,7 @@
     python benchmarks/compare.py v0                             # a padded shape: v0, 110M, 1B, 7B (see pad_model.py)
     python benchmarks/compare.py 110M --curve                   # and what a step costs against nodes and context
     python benchmarks/compare.py smollm2 --smollm2 FOLDER       # a published model, as benchmarks/smollm2.py writes it
+    python benchmarks/compare.py 7B --device cuda               # on a GPU: ours, eager and by graphs, and transformers
 
 One prompt at a time, greedy, up to 256 new tokens or the end of the text; the same openings and weights for all.
 Each contestant is a process of its own that stays loaded; they take turns at each opening, so that what else the
@@ -15,6 +16,7 @@ which has an eps and a rope_theta of 10000 compiled in. All contestants stay in 
 "native" is the C++ engine (--fast) on weights in float32, bfloat16 or int8; it always computes in float32. A native
 Medusa row has the tree that promises the most tokens per second for its weights and threads on this machine (the
 smallest within 3 %): trees of 2 to 16 nodes by the hits in the heads' tree.json, each tree's step timed beforehand.
+"graphs" is --fast on a GPU, with a tree found likewise.
 """
 
 import argparse
@@ -50,6 +52,8 @@ ROWS = {
     "ours, Medusa": ("ours", {"medusa": "own"}, None),
     "ours, Medusa, published 64 nodes": ("ours", {"medusa": "published"}, None),
     "ours, prompt lookup": ("ours", {"medusa": "lookup"}, None),
+    "ours, plain, graphs": ("graphs", {}, None),
+    "ours, Medusa, graphs": ("graphs", {"medusa": "own"}, None),
     "ours, plain, native f32": ("native_f32", {}, "f32"),
     "ours, Medusa, native f32": ("native_f32", {"medusa": "own"}, "f32"),
     "ours, plain, native bf16": ("native_bf16", {}, "bf16"),
@@ -67,6 +71,7 @@ ROWS = {
     "onnxruntime-genai": ("onnxruntime_genai", {}, None),
     "llama2.c": ("llama2c", {}, "f32"),
 }
+ON_GPU = "ours", "graphs", "transformers", "transformers_static"  # workers; all but the second run on a CPU
 PREFILL = (
     "ours, plain",
     "ours, plain, native f32",
@@ -91,15 +96,14 @@ RATIOS = {
 #                                                              run(prompt ids, options) → (new ids, decoding steps)
 
 
-def ours(folder, args, native=None):
-    """native: the weights that the C++ engine has, None: plain torch."""
+def ours(folder, args, native=None, fast=False):
+    """native: the weights that the C++ engine has, None: plain torch, with `fast` by CUDA graphs."""
     from functools import lru_cache
 
     import torch
 
     from fast import engines
     from fast.native import NativeLlama
-    from llama import Llama
     from loading.files import UserError
     from loading.trees import published_tree, read_tree
     from tinymedusa import Tree, call
@@ -112,7 +116,7 @@ def ours(folder, args, native=None):
         model = NativeLlama.from_pretrained(folder, dtype, quantized=native == "int8")
         model.set_threads(args.threads)
     else:
-        model = Llama.from_pretrained(folder, dtype=getattr(torch, args.dtype))
+        model = engines.load(folder, getattr(torch, args.dtype), args.device, fast=fast)
     heads = load_heads(args.heads, model) if args.heads else None
 
     @lru_cache
@@ -126,7 +130,7 @@ def ours(folder, args, native=None):
         about = {}
         if medusa == "published":
             paths = published_tree(len(heads), PUBLISHED, heads.draft_size)
-        elif native and not args.tree and (hits := known_hits(args.heads)):
+        elif (native or fast) and not args.tree and (hits := known_hits(args.heads)):
             paths, about = fastest_tree(model, heads, hits)
         else:
             paths, _ = read_tree(args.heads, len(heads), heads.draft_size, args.tree)
@@ -143,6 +147,7 @@ def ours(folder, args, native=None):
     return run
 
 
+graphs = partial(ours, fast=True)
 native_f32, native_bf16, native_int8 = (partial(ours, native=kind) for kind in NATIVE)
 
 
@@ -199,7 +204,7 @@ def transformers(folder, args, **generate_options):
 
     torch.set_num_threads(args.threads)
     hf.logging.set_verbosity_error()
-    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
+    model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval().to(args.device)
 
     def run(ids, **options):
         calls = 0
@@ -211,7 +216,7 @@ def transformers(folder, args, **generate_options):
         hook = model.register_forward_pre_hook(count)
         with torch.inference_mode():
             out = model.generate(
-                torch.tensor([ids]),
+                torch.tensor([ids], device=args.device),
                 max_new_tokens=args.max_new_tokens,
                 do_sample=False,
                 pad_token_id=0,
@@ -229,7 +234,8 @@ def transformers_static(folder, args):
     import torch
 
     run = transformers(folder, args, cache_implementation="static")
-    run.model.forward = torch.compile(run.model.forward, fullgraph=True)
+    if args.device == "cpu":  # on a GPU generate() compiles it itself
+        run.model.forward = torch.compile(run.model.forward, fullgraph=True)
     return run
 
 
@@ -545,6 +551,8 @@ class Worker:
             str(args.threads),
             "--dtype",
             args.dtype,
+            "--device",
+            args.device,
             "--scratch",
             str(args.scratch),
             "--max-new-tokens",
@@ -589,6 +597,8 @@ class Worker:
 def chosen(names, args) -> list[str]:
     """The rows that --rows asks for: a whole name means that row only."""
     wanted = lambda name, part: part == name if part in ROWS else part in name
+    here = lambda kind: kind != "graphs" if args.device == "cpu" else kind in ON_GPU
+    names = [name for name in names if here(ROWS[name][0])]
     return [name for name in names if not args.rows or any(wanted(name, part) for part in args.rows)]
 
 
@@ -683,30 +693,36 @@ def summary(rows: list) -> str:
     return same_as[0]["row"] if same_as else "none"
 
 
-def fastest_read(size: int, rounds: int = 20) -> tuple[float, str]:
+def fastest_read(size: int, device: str, rounds: int = 20) -> tuple[float, str]:
     """Bytes per second of the best of `rounds` reads of `size` bytes (of at most 10^9) by any of these functions, and
     which. numpy's memory is on large pages, as the engine's is."""
     import numpy as np
     import torch
 
     data = np.ones(int(min(size, 1e9)) // 4, np.float32)
-    tensor = torch.from_numpy(data)
+    tensor = torch.from_numpy(data).to(device)
     ways = {
         "torch sum": tensor.sum,
         "torch amax": tensor.amax,
         "torch dot": lambda: tensor.dot(tensor),
         "torch int32 max": tensor.view(torch.int32).max,
-        "numpy max": data.max,
-        "numpy dot": lambda: data.dot(data),
     }
-    best = {}
-    for _ in range(rounds):
-        for name, read in ways.items():
-            begin = time.perf_counter()
-            read()
-            best[name] = min(best.get(name, 9e9), time.perf_counter() - begin)
+    if device == "cpu":
+        ways |= {"numpy max": data.max, "numpy dot": lambda: data.dot(data)}
+    best = {name: min(seconds(read, device) for _ in range(rounds)) for name, read in ways.items()}
     way = min(best, key=best.get)
     return data.nbytes / best[way], way
+
+
+def seconds(function, device: str) -> float:
+    import torch
+
+    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
+    wait()
+    begin = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - begin
 
 
 def machine(folder, args) -> dict:
@@ -723,8 +739,9 @@ def machine(folder, args) -> dict:
     weights = c.num_hidden_layers * a_layer + c.vocab_size * c.hidden_size
     reads, lm_head = {}, c.vocab_size * c.hidden_size
     for precision, size in (("f32", 4 * weights), ("bf16", 2 * weights), ("int8", weights + 4 * outputs)):
-        bandwidth, way = fastest_read(size)
-        instead = lm_head * (size // weights - 1) if screens() else 0  # a greedy step reads the lm_head in 8 bits
+        bandwidth, way = fastest_read(size, args.device)
+        in_8_bits = args.device == "cpu" and screens()  # how a greedy step reads the lm_head
+        instead = lm_head * (size // weights - 1) if in_8_bits else 0
         reads[precision] = {
             "weights_mb": round(size / 1e6, 2),
             "step_mb": round((size - instead) / 1e6, 2),
@@ -732,14 +749,13 @@ def machine(folder, args) -> dict:
             "by": way,
             "floor_ms": round(1000 * size / bandwidth, 4),
         }
-    matrix, times = torch.randn(1024, 1024), []
-    for _ in range(9):
-        begin = time.perf_counter()
-        torch.mm(matrix, matrix)
-        times.append(time.perf_counter() - begin)
-    peak = 1024**3 / statistics.median(times)
+    on_gpu = args.device != "cpu"
+    side = 8192 if on_gpu else 1024
+    matrix = torch.randn(side, side, device=args.device, dtype=getattr(torch, args.dtype) if on_gpu else None)
+    peak = side**3 / statistics.median(seconds(lambda: torch.mm(matrix, matrix), args.device) for _ in range(9))
     return (
         processor()
+        | ({"gpu": torch.cuda.get_device_name()} if on_gpu else {})
         | {
             "threads": args.threads,
             "torch": torch.__version__,
@@ -804,7 +820,7 @@ def stages(prompts: list, args, run) -> dict:
     table = {}
     for name in (None, "own", "published") if run.heads else (None,):
         run(prompts[0], medusa=name)
-        clock = tinymedusa.Stages("cpu")
+        clock = tinymedusa.Stages(args.device)
         for ids in prompts:
             run(ids, medusa=name, stages=clock)
         total = sum(map(sum, clock.seconds.values()))
@@ -917,7 +933,8 @@ def markdown(result: dict) -> str:
     shown = lambda share: ", ".join(f"{row['precision']} {row[share]:.0%}" for row in rows if share in row)
     lines += [
         "",
-        f"{m['processor']} ({', '.join(m['flags'])}), {m['cores']} cores, {m['threads']} used, load average "
+        f"{m['gpu']} beside " * ("gpu" in m)
+        + f"{m['processor']} ({', '.join(m['flags'])}), {m['cores']} cores, {m['threads']} used, load average "
         f"{m['load_average'][0]}.",
         "",
         f"Floor: {m['weights_mb']} MB of weights a step at {m['read_gb_per_s']} GB/s = {m['floor_ms']} ms; a node's "
@@ -985,6 +1002,7 @@ def arguments():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32, for 1B and 7B bfloat16")
     parser.add_argument("--tree", help="paths of the own tree (default: tree.json beside the heads; native: see above)")
     parser.add_argument("--curve", action="store_true", help="also time steps against nodes and context")

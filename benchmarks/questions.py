@@ -138,12 +138,13 @@ def filled(seed: int):
         yield question(rng)
 
 
-def asked(name: str, seed: int):
+def asked(name: str, seed: int, device: str):
     """Requests that the model writes at the user's place, behind first words of ours; only short ones that it ends."""
     tokenizer = Tokenizer(name, LlamaConfig.from_pretrained(name))
     template = load_template(name, tokenizer)
     before = commonprefix([template.ids([{"role": "user", "content": letter}]) for letter in "A7"])
-    model = engines.load(name, TORCH_DTYPES["bfloat16"], "cpu", fast=True)
+    model = engines.load(name, TORCH_DTYPES["bfloat16"], device, fast=True)
+    rows = 32 if device == "cpu" else 1024
     set_threads(model, rows=32)
     decoder = engines.decoder(model, sampling=Sampling(0.8), eos=tokenizer.eos)
     openings = split(FIRST_WORDS, "|") * 8                  # so many that the batch stays full
@@ -151,7 +152,7 @@ def asked(name: str, seed: int):
     for first in count(seed, len(prompts)):
         seeds = list(range(first, first + len(prompts)))
         texts = [[] for _ in prompts]
-        for i, new, _ in batches.finished(batches.generate(decoder, prompts, 32, seeds, 32)):
+        for i, new, _ in batches.finished(batches.generate(decoder, prompts, 32, seeds, rows)):
             texts[i] = sum(new, [])
         for words, ids in zip(openings, texts, strict=True):
             text = words + tokenizer.decode(ids)
@@ -163,6 +164,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--number", type=int, default=8000)
     parser.add_argument("--model", help="the chat model that ends the requests: a folder or a hub id")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     seen = set(HELD_OUT.read_text(encoding="utf-8").splitlines())
@@ -171,7 +173,7 @@ def main():
         """Whether a line comes for the first time."""
         return not (line in seen or seen.add(line))
 
-    requests = asked(args.model, args.seed) if args.model else filled(args.seed)
+    requests = asked(args.model, args.seed, args.device) if args.model else filled(args.seed)
     lines = filter(new, (json.dumps({"messages": [{"role": "user", "content": text}]}) for text in requests))
     for line in tqdm(islice(lines, args.number), total=args.number, disable=not args.model):
         print(line)

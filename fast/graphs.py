@@ -43,16 +43,17 @@ class GraphDecoder(Decoder):
                 into.copy_(value)
         else:
             self.memory = State(theirs.detach(), *(tensor.clone() for tensor in state[1:]))
-            self.replays = {}
+            self.out = state.token.new_zeros(len(state.token), self.tree.retrieve.shape[1])
+            self.count, self.replays = torch.zeros_like(state.token), {}
 
     def record(self, window: int):
         """The step that reads self.memory and writes it, self.out and self.count."""
-        _, out, count = super().step(self.memory, window, call)     # allocates; what it writes, the replay writes again
-        self.out, self.count = out.clone(), count.clone()
+        ours = *self.memory[1:], self.out, self.count
         def step():
             state, out, count = super(GraphDecoder, self).step(self.memory, window, call)
-            for into, value in zip((*self.memory[1:], self.out, self.count), (*state[1:], out, count), strict=True):
+            for into, value in zip(ours, (*state[1:], out, count), strict=True):
                 into.copy_(value)
+        super().step(self.memory, window, call)         # allocates; what it writes, the replay writes again
         return recorded(step)
 
     def window(self, used: int, cache: Tensor) -> int:

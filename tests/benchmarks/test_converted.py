@@ -1,4 +1,5 @@
-"""benchmarks/compare.py: what it writes for llama2.c, which rotates neighbours, is the model that we read."""
+"""Models in other layouts: what compare.py writes for llama2.c, which rotates neighbours, is the model that we read;
+smollm2.py's config.json is that of its GGUF."""
 import struct
 import sys
 from argparse import Namespace
@@ -10,8 +11,9 @@ from conftest import ROOT, tiny_llama
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare  # noqa: E402
+import smollm2  # noqa: E402
 
-from llama import Llama  # noqa: E402
+from llama import Llama, LlamaConfig  # noqa: E402
 
 
 def rotated(x, angle):
@@ -62,3 +64,16 @@ def test_the_file_for_llama2c(tmp_path):
     logits = llama2c_logits(next(tmp_path.glob("*-llama2c.bin")), ids, config.rms_norm_eps, config.rope_theta)
     expected = ours.lm_head(ours(ids[None])[0])
     assert torch.allclose(logits, expected, atol=1e-3) and expected.std() > 0.5
+
+
+def test_the_config_of_a_gguf():
+    sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "max_position_embeddings": 8192,
+             "rope_theta": 100000.0, "bos_token_id": 1, "eos_token_id": 2}
+    meta = {at: sizes.get(name) for name, at in smollm2.FIELDS.items()}
+    meta |= {"llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06, "tokenizer.ggml.padding_token_id": 2}
+    read = smollm2.config_of(meta, True, "bfloat16")
+    config = LlamaConfig.from_dict(read)
+    expected = sizes | {"eos_token_id": None, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "bfloat16"}
+    assert {name: getattr(config, name, None) for name in expected} == expected and config.eos_token_ids == (2,)
+    assert read["pad_token_id"] == 2

@@ -47,7 +47,7 @@ def test_the_model_asks_at_the_users_place(tiny_folder):
     import questions
     tokenizer = Tokenizer(tiny_folder, LlamaConfig.from_pretrained(tiny_folder))
     first, model = questions.split(questions.FIRST_WORDS, "|"), engines.load(tiny_folder, torch.bfloat16, fast=True)
-    texts = list(islice(questions.asked(str(tiny_folder), 0), 12))
+    texts = list(islice(questions.asked(str(tiny_folder), 0, "cpu"), 12))
     assert all(text.startswith(tuple(first)) and "\n" not in text for text in texts) and len(set(texts)) == 12
     before = commonprefix([tokenizer.encode("user: A")[1:], tokenizer.encode("user: 7")[1:]])    # it writes no bos
     decoder, written = engines.decoder(model, sampling=Sampling(0.8), eos=tokenizer.eos), []
