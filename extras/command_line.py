@@ -107,7 +107,8 @@ def command_line(main) -> None:
             print("stopped", file=sys.stderr)
             sys.exit(128 + (received or [signal.SIGINT])[-1])
         if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "allocate" in str(error):
-            error = UserError(f"not enough memory: smaller batches or fewer new tokens need less ({error})")
+            reason = str(error).partition(" GPU ")[0]       # CUDA's goes on for a paragraph
+            error = UserError(f"not enough memory: smaller batches or fewer new tokens need less ({reason})")
         try:
             sys.stdout.flush()
         except OSError:                                         # else Python complains once more at its exit

@@ -631,15 +631,18 @@ def test_a_real_process_has_status_2_and_no_traceback(tiny_folder):
 
 
 def test_no_memory_for_the_cache(monkeypatch, capsys):
-    """Keys and values of 512 TB, and what numpy says of as much; a RuntimeError of another kind is a bug, not this."""
+    """Keys and values of 512 TB, what numpy and a GPU say of it; a RuntimeError of another kind is a bug, not this."""
+    def full_gpu():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a capacity of 9 GiB")
     monkeypatch.setattr(sys, "argv", ["generate.py"])
     model = tiny_llama()
     for too_much in (lambda: new_cache(model.config, 10 ** 9, 1000, like=model.norm.weight),
-                     lambda: np.zeros(64 * 10 ** 12)):
+                     lambda: np.zeros(64 * 10 ** 12), full_gpu):
         with pytest.raises(SystemExit) as stop:
             command_line(too_much)
         out, err = capsys.readouterr()
         assert stop.value.code == 2 and out == "" and err.count("\n") == 1
         assert err.startswith("generate.py: not enough memory: smaller batches or fewer new tokens need less (")
+        assert "capacity" not in err
     with pytest.raises(RuntimeError, match="must match"):
         command_line(lambda: torch.zeros(2) + torch.zeros(3))
