@@ -31,16 +31,17 @@ from variants import batches  # noqa: E402
 from variants.heads import load_heads  # noqa: E402
 
 RESULTS, FIGURES, TREE = ROOT / "docs" / "results", ROOT / "docs" / "figures", ROOT / "model" / "medusa" / "tree.json"
-MACHINE = "2 cores of an AMD EPYC (Zen 4), Python 3.11.7, torch 2.13.0 CPU"       # of all results saved so far
-SHAPES = {"model": "embedded model", "v0": "padded v0", "110M": "padded 110M", "smollm2": "SmolLM2-135M-Instruct",
-          "1B": "padded 1B"}
-PARAMETERS = {"model": 1_050_688, "v0": 4_621_376, "110M": 134_105_856, "1B": 1_261_529_088}
+MACHINE = "2 cores of an AMD EPYC (Zen 4), Python 3.11.7, torch 2.13.0 CPU"   # of results that do not say it themselves
+SHAPES = {"native-model": "embedded model", "native-v0": "padded v0", "native-110M": "padded 110M",
+          "smollm2": "SmolLM2-135M-Instruct", "native-1B": "padded 1B"}
+PARAMETERS = {"native-model": 1_050_688, "native-v0": 4_621_376, "native-110M": 134_105_856,
+              "native-1B": 1_261_529_088, "gpu-7B": 6_738_415_616}
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#999999"     # Okabe and Ito
 COMPARE = "python benchmarks/compare.py SHAPE (options: docs/speed.md)"
 
 
-def saved(figure, name: str, command: str) -> None:
-    figure.text(0.01, 0.005, f"{command};\n{MACHINE}", fontsize=7, color="#555555", va="bottom")
+def saved(figure, name: str, command: str, machine: str = MACHINE) -> None:
+    figure.text(0.01, 0.005, f"{command};\n{machine}", fontsize=7, color="#555555", va="bottom")
     FIGURES.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
     plt.close(figure)
@@ -76,8 +77,15 @@ def tree_mask() -> None:
 
 
 def contest(name: str) -> list:
-    """The rows of a shape's saved run of benchmarks/compare.py."""
-    return read_json(RESULTS / f"{'' if name == 'smollm2' else 'native-'}{name}.json")["rows"]
+    """The rows of a saved run of benchmarks/compare.py."""
+    return read_json(RESULTS / f"{name}.json")["rows"]
+
+
+def machines(names) -> str:
+    """What some saved runs ran on."""
+    found = [read_json(RESULTS / f"{name}.json")["machine"] for name in names]
+    named = (m.get("gpu") or f"{m['cores']} cores of an {m['processor'].replace('(R)', '')}" for m in found)
+    return ", ".join(dict.fromkeys(named))
 
 
 def peers() -> None:
@@ -98,7 +106,7 @@ def peers() -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("one prompt at a time, greedy, medians with quartiles: ours blue, peers orange, with loss hatched")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
-    saved(figure, "peers", COMPARE)
+    saved(figure, "peers", COMPARE, machines(SHAPES))
 
 
 def gains(name: str) -> dict:
@@ -106,21 +114,22 @@ def gains(name: str) -> dict:
     found = {}
     for row in contest(name):
         if row["row"].startswith("ours, Medusa") and "published" not in row["row"] and row.get("to_own_plain"):
-            found[f"C++ {row['precision']}" if "native" in row["row"] else "PyTorch f32"] = row["to_own_plain"]
+            engine = {"native": "C++", "graphs": "CUDA graphs"}.get(row["worker"].partition("_")[0], "PyTorch")
+            found[f"{engine} {row['precision']}"] = row["to_own_plain"]
     return found
 
 
 def pay() -> None:
     """Medusa over plain decoding: by the model's size, and of the real model one factor at a time."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), width_ratios=(1, 1.25))
-    sizes, real = {name: gains(name) for name in PARAMETERS}, gains("smollm2")
-    modes = "PyTorch f32", "C++ f32", "C++ bf16", "C++ int8"
-    for mode, colour in zip(modes, (GREY, BLUE, GREEN, ORANGE), strict=True):
+    sizes, real = {name: gains(name) for name in PARAMETERS}, gains("smollm2") | gains("gpu-smollm2")
+    modes = "PyTorch f32", "C++ f32", "C++ bf16", "C++ int8", "CUDA graphs bf16"
+    for mode, colour in zip(modes, (GREY, BLUE, GREEN, ORANGE, RED), strict=True):
         points = [(PARAMETERS[name], found[mode]) for name, found in sizes.items() if mode in found]
         left.plot(*zip(*points, strict=True), marker="o", color=colour, label=mode)
         if mode in real:
             left.plot([134_515_008], [real[mode]], marker="*", markersize=13, color=colour, markeredgecolor="black")
-    left.set(xscale="log", xticks=list(PARAMETERS.values()), xticklabels=["1M", "4.6M", "134M", "1.3B"],
+    left.set(xscale="log", xticks=list(PARAMETERS.values()), xticklabels=["1M", "4.6M", "134M", "1.3B", "6.7B"],
              xlabel="parameters; circles: the story model padded to a size, stars: SmolLM2-135M-Instruct",
              ylabel="tokens per second, Medusa / plain decoding", title="by size, one text, greedy")
     left.minorticks_off()
@@ -147,7 +156,8 @@ def pay() -> None:
         axis.legend(fontsize=8, loc="upper left" if axis is left else "upper right")
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    saved(figure, "pay", f"{COMPARE}; benchmarks/batch.py; benchmarks/acceptance.py: docs/does-medusa-pay.md")
+    saved(figure, "pay", f"{COMPARE}; benchmarks/batch.py; benchmarks/acceptance.py: docs/does-medusa-pay.md",
+          machines([*PARAMETERS, "smollm2"]))
 
 
 def depth() -> None:
