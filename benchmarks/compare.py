@@ -845,7 +845,7 @@ def curve(args, run, sizes) -> list[dict]:
     if heads is None:
         options = {"kind": "hydra", "width": 256, "recent": 1, "tie_lm_head": True}
         heads = build_heads(model, 4, token_map=torch.arange(2048), **options).requires_grad_(False).eval()
-        heads.freeze()
+        heads.to(model.norm.weight.device).freeze()
     made = {1: engines.decoder(model, eos=())}
     for n in sizes[1:]:
         paths = published_tree(len(heads), n - 1, heads.draft_size)
@@ -897,7 +897,7 @@ def markdown(result: dict) -> str:
     ratios = [ratio for ratio in RATIOS if any(ratio in row for row in rows)]
     title = lambda ratio: {"to_plain": "to ours plain"}.get(ratio, "to " + RATIOS[ratio][0].partition(",")[0])
     columns = ["", "weights", "tokens/s (quartiles)", "ms/step", "tokens/step", *map(title, ratios)]
-    columns += ["start-up s", "peak MB", "same tokens"]
+    columns += ["start-up s", "peak MB" + " of the host" * ("gpu" in result["machine"]), "same tokens"]
     lines = [
         f"### {result['title']}",
         "",

@@ -1,5 +1,6 @@
 """The step as a CUDA graph: its hundreds of small kernels are recorded once and started with a single call."""
 import weakref
+from dataclasses import replace
 import torch
 from torch import Tensor
 from llama import new_cache
@@ -7,11 +8,12 @@ from tinymedusa import Decoder, PlainDecoder, State, call
 from variants.lookup import LookupDecoder
 
 WINDOW = 256        # attention's window grows in these steps, as do caches: each size is recorded once
+PARTS = "model", "heads", "tree", "sampling", "eos", "draft", "verify", "logits", "accept", "commit"    # of a step
 
-def recorded(function):
+def recorded(function, device):
     """What replays the kernels that `function` starts, on the same memory."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(device), torch.cuda.graph(graph):
         function()
     return graph.replay
 
@@ -21,13 +23,19 @@ class GraphDecoder(Decoder):
     A graph reads and writes the memory that it was recorded on: `memory` is that state. A generation that begins when
     the last one is over gets its cache again, and so its graphs.
     """
-    memory, cache, lent = None, None, lambda: None
+    memory, cache, lent = None, None, staticmethod(lambda: None)
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        if name in PARTS:                               # what was recorded has another one
+            self.memory = None
 
     @torch.inference_mode()
     def step(self, state: State, window: int, run):
         if run is not call or self.sampling.top_p < 1:
             return super().step(state, window, run)
-        if self.memory is None or state.length is not self.memory.length:       # not the one that we returned last
+        ours = self.memory and all(a is b for a, b in zip(state[1:], self.memory[1:], strict=True))
+        if not ours:                                    # not the one that we returned last
             self.take(state)
         if window not in self.replays:
             self.replays[window] = self.record(window)
@@ -42,9 +50,12 @@ class GraphDecoder(Decoder):
             for into, value in zip(self.memory[1:], values, strict=True):
                 into.copy_(value)
         else:
-            self.memory = State(theirs.detach(), *(tensor.clone() for tensor in state[1:]))
+            self.memory, self.replays = None, {}
+            if self.cache is not None and self.cache.data_ptr() != theirs.data_ptr():
+                self.cache = None                       # it will not be asked for again
             self.out = state.token.new_zeros(len(state.token), self.tree.retrieve.shape[1])
-            self.count, self.replays = torch.zeros_like(state.token), {}
+            self.count = torch.zeros_like(state.token)
+            self.memory = State(theirs.detach(), *(tensor.clone() for tensor in state[1:]))
 
     def record(self, window: int):
         """The step that reads self.memory and writes it, self.out and self.count."""
@@ -54,7 +65,7 @@ class GraphDecoder(Decoder):
             for into, value in zip(ours, (*state[1:], out, count), strict=True):
                 into.copy_(value)
         super().step(self.memory, window, call)         # allocates; what it writes, the replay writes again
-        return recorded(step)
+        return recorded(step, self.device)
 
     def window(self, used: int, cache: Tensor) -> int:
         return min(-(-used // WINDOW) * WINDOW, cache.shape[2])
@@ -64,9 +75,11 @@ class GraphDecoder(Decoder):
         """The last one again, if it has the size and nobody holds it any longer."""
         config, longest = self.model.config, max(map(len, prompts)) + max_new_tokens
         slots = min(-(-longest // WINDOW) * WINDOW, config.max_position_embeddings) + len(self.tree.paths)
-        if self.cache is None or self.cache.shape[1:3] != (len(prompts), slots) or self.lent() is not None:
-            self.cache = self.memory = None                                     # before the next one: there may be no
-            self.cache = new_cache(config, len(prompts), slots, like=self.model.norm.weight)    # room for both
+        size = config.num_hidden_layers + isinstance(self, LookupDecoder), len(prompts), slots      # it keeps the text
+        if self.cache is None or self.cache.shape[:3] != size or self.lent() is not None:
+            self.memory, self.cache, self.replays = None, None, {}              # there may be no room for both
+            config = replace(config, num_hidden_layers=size[0])
+            self.cache = new_cache(config, *size[1:], like=self.model.norm.weight)
         cache = self.cache.zero_().detach()
         self.lent = weakref.ref(cache)
         return cache

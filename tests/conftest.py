@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TESTS = Path(__file__).resolve().parent         # pytest puts it on the path: `from conftest import ..` in any folder
 ROOT = TESTS.parent
@@ -124,3 +125,40 @@ def cli(monkeypatch, capfd):
         torch.set_num_threads(threads)
         return status, *capfd.readouterr()
     return run
+
+
+class Tape(TorchDispatchMode):
+    """In a CUDA graph's place: every operation with the very tensors that it reads and writes, and no Python between.
+    As there, nothing has happened when all is recorded."""
+    def __init__(self, function):
+        super().__init__()
+        self.operations, self.before = [], []
+        with self:
+            function()
+        for tensor, value in reversed(self.before):
+            tensor.copy_(value)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation.__name__.partition(".")[0].endswith("_"):                  # in place
+            self.before.append((args[0], args[0].clone()))
+        out = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for operation, args, kwargs, out in self.operations:
+            again = operation(*args, **kwargs)
+            for old, new in zip(*(x if isinstance(x, tuple | list) else [x] for x in (out, again)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():      # no view, nor in place
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """How often a tape was recorded, in a graph's place."""
+    made = []
+    def recorded(function, device):
+        made.append(Tape(function))
+        return made[-1].replay
+    monkeypatch.setattr("fast.graphs.recorded", recorded)
+    return made

@@ -50,7 +50,8 @@ class LookupDecoder(Decoder):
     """A decoder that writes the ids of all that it commits into the cache."""
     def new_cache(self, prompts: list, max_new_tokens: int) -> Tensor:
         cache = super().new_cache(prompts, max_new_tokens)
-        return torch.cat((cache, torch.zeros_like(cache[:1])))
+        with_text = len(cache) > self.model.config.num_hidden_layers                    # that of fast/graphs.py has it
+        return cache if with_text else torch.cat((cache, torch.zeros_like(cache[:1])))
 
     def write(self, cache: Tensor, row, slot: Tensor, ids: Tensor) -> None:
         """Token ids [B, T] into the slots [B, T] of rows."""

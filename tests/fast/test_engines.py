@@ -19,6 +19,8 @@ from tinymedusa import GREEDY, Decoder, PlainDecoder, Sampling, Stages, Tree
 from variants import batches
 from variants.heads import load_heads
 from variants.lookup import Lookup, LookupDecoder
+from variants.penalty import penalize
+from variants.typical import Typical
 
 TREE = Tree.from_paths([[0], [1], [0, 0], [0, 1], [0, 0, 0]])
 NO_COMPILER = ("--fast: there is no C++ compiler here: install c++, clang++, g++, or name one in CXX; "
@@ -332,14 +334,6 @@ def test_fast_is_for_text_that_the_model_writes(folder, cli):
 
 # --------------------------------------------------------------------------------------------------- graphs.py, without
 
-@pytest.fixture
-def recordings(monkeypatch):
-    """In a graph's place the function itself, to be called again on the same memory; how often one was recorded."""
-    made = []
-    monkeypatch.setattr(graphs, "recorded", lambda function: made.append(function) or function)
-    return made
-
-
 def graph_decoder(sampling=GREEDY, run=None, **options):
     model = tiny_llama(vocab_size=40, std=0.3, max_position_embeddings=700)
     heads = tiny_heads(model, noise=0.05, **options)
@@ -367,10 +361,29 @@ def test_a_replayed_step_writes_the_decoders_tokens(sampling, options, recording
 def test_plain_decoding_and_prompt_lookup_are_replayed_too(recordings):
     graph, decoder = graph_decoder()
     lookup, chain = Lookup(graph.model.config), Tree.from_paths(Lookup.chain)
-    for plain in (GraphPlainDecoder(graph.model, Sampling(0.8)), GraphLookupDecoder(graph.model, lookup, chain)):
+    penalized = GraphDecoder(graph.model, graph.heads, TREE)
+    for decoder in (GraphPlainDecoder(graph.model, Sampling(0.8)), GraphLookupDecoder(graph.model, lookup, chain),
+                    penalized):
+        expected = PlainDecoder(graph.model, decoder.sampling)
+        if decoder is penalized:
+            penalize(decoder, 1.3), penalize(expected, 1.3)
         recordings.clear()
-        expected = PlainDecoder(graph.model, plain.sampling)
-        assert tokens(plain, new_tokens=60) == tokens(expected, new_tokens=60) and len(recordings) == 1
+        for prompts in ([[1, 5, 9], [1, 7]], [[1, 8], [1, 9, 4]]):
+            assert tokens(decoder, prompts, 60) == tokens(expected, prompts, 60) and len(recordings) == 1
+
+
+@pytest.mark.parametrize("name, value", [
+    ("accept", Typical(1e-9, 1e-9)), ("eos", torch.tensor([25])), ("sampling", Sampling(2.0)),
+    ("sampling", GREEDY), ("tree", Tree.from_paths([[0], [1], [2], [3], [4]])), ("heads", None)],
+    ids="accept eos sampling greedy tree heads".split())
+def test_what_is_replaced_after_a_recording_counts(name, value, recordings):
+    found = []
+    for decoder in graph_decoder(Sampling(0.9)):
+        first = tokens(decoder)
+        setattr(decoder, name, tiny_heads(decoder.model, noise=0.5, seed=7) if name == "heads" else value)
+        steps = list(decoder.generate([[1, 5, 9], [1, 7]], 30))
+        found.append((first, steps))
+    assert found[0] == found[1] and len(recordings) == 2
 
 
 @torch.inference_mode()

@@ -98,8 +98,7 @@ def test_the_text_is_read_from_a_cache_of_16_bits(dtype):
         assert chosen == [min(prompt)] if sign else chosen[0] not in prompt
 
 
-def test_a_graph_of_the_step_reads_the_text_too(monkeypatch):
-    monkeypatch.setattr("fast.graphs.recorded", lambda function: function)
+def test_a_graph_of_the_step_reads_the_text_too(recordings):
     model = tiny_llama(vocab_size=40, std=0.3)
     heads, tree, found = tiny_heads(model, noise=0.05), Tree.from_paths([[0], [1], [0, 0]]), []
     for kind in (GraphDecoder, Decoder):
