@@ -933,7 +933,7 @@ def markdown(result: dict) -> str:
     shown = lambda share: ", ".join(f"{row['precision']} {row[share]:.0%}" for row in rows if share in row)
     lines += [
         "",
-        f"{m['gpu']} beside " * ("gpu" in m)
+        f"{m.get('gpu')} beside " * ("gpu" in m)
         + f"{m['processor']} ({', '.join(m['flags'])}), {m['cores']} cores, {m['threads']} used, load average "
         f"{m['load_average'][0]}.",
         "",
