@@ -14,6 +14,7 @@ if __name__ == "__main__":      # Ctrl-C while torch is imported: an end without
     import signal
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN or signal.signal(signal.SIGINT, signal.SIG_DFL)
 import json
+import sys
 import time
 from collections import Counter
 from functools import partial
@@ -72,8 +73,10 @@ def heads_and_tree(args, model: Llama) -> tuple[MedusaHeads | None, Tree | None,
     own = folder == args.model
     heads = folder and load_heads(folder, model, args.revision if own else None, required=args.heads or not own)
     if heads is None:
-        if args.tree is not None:
-            raise UserError("--tree needs heads: give --heads FOLDER")
+        if args.tree is not None or args.compare and args.heads is None:
+            raise UserError(f"{'--tree' if args.tree is not None else '--compare'} needs heads: give --heads FOLDER")
+        if args.heads is None:
+            print(f"no heads in {args.model}: plain decoding; --heads FOLDER names some", file=sys.stderr)
         return None, None, None
     if args.tune:
         if not args.tree and not Path(args.heads or args.model).is_dir():

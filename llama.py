@@ -251,6 +251,9 @@ class Llama(nn.Module):
         if device.type != "meta":                       # there are only shapes there, nothing to compute with
             self.cos, self.sin = (table.to(device) for table in rotary_table(self.config))  # [positions, D] each
 
+    def new_cache(self, rows: int, slots: int) -> Tensor:
+        return new_cache(self.config, rows, slots, like=self.norm.weight)
+
     def forward(self, ids: Tensor, position_ids: Tensor | None = None, view: CacheView | None = None) -> Tensor:
         """ids [B, T] → hidden states after the final norm [B, T, H]. Training: ids alone (causal, positions 0 .. T-1).
         Decoding: position_ids [B, T] and a view of the cache."""

@@ -195,7 +195,8 @@ def own_items(args, items) -> dict:
     rank, world = shard()
     items = {row_seed(args.seed, i): item for i, item in enumerate(items) if i % world == rank}
     if not items:
-        raise UserError("the source holds nothing to continue: write at least one opening or question a process")
+        source = args.openings or args.sharegpt or args.text or args.tinystories
+        raise UserError(f"{source} holds nothing to continue: add an opening or question{' a process' * (world > 1)}")
     return items
 
 def decoder_of(args, eos: list) -> Decoder:

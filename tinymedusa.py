@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import CacheView, Llama, keep_path, new_cache
+from llama import CacheView, Llama, keep_path
 from loading.trees import read_tree
 
 PREFILL_CHUNK = 256     # prompt tokens per forward: bounds the memory of the mask and the activations
@@ -401,10 +401,9 @@ class Decoder:
     @torch.inference_mode()
     def new_cache(self, prompts: list, max_new_tokens: int) -> Tensor:
         """A cache for the prompts, what follows them, and the tree behind that."""
-        config = self.model.config
         longest = max(map(len, prompts)) + max_new_tokens
-        slots = min(longest, config.max_position_embeddings) + len(self.tree.paths)
-        return new_cache(config, len(prompts), slots, like=self.model.norm.weight)
+        slots = min(longest, self.model.config.max_position_embeddings) + len(self.tree.paths)
+        return self.model.new_cache(len(prompts), slots)
 
     def generate(self, prompts: list, max_new_tokens: int, seeds=None):
         """Yield the new ids of every prompt, a list of B lists: once for the prefill, then for each step.

@@ -40,7 +40,7 @@ def generate_options(parser: ArgumentParser) -> None:
     add("--context", type=number(int, 1, LONGEST), help="tokens of a prompt and its text together (default: what the "
         "model's config says)")
     add("--batch-size", type=number(int, 1, 4096), default=1, help="rows at once: prompts of a file, --samples")
-    add("--max-new-tokens", type=number(int, 1), default=256)
+    add("--max-new-tokens", type=number(int, 1), default=256, help="of a text (default: 256)")
     add("--stop", action="append", type=text_argument, metavar="TEXT", help="ends a text; may be repeated")
     flag("--ignore-eos", "a text goes on behind an end of text")
     add("--max-steps", type=number(int, 1), help="end after this number of decoding steps, plain or Medusa")

@@ -137,9 +137,9 @@ def tune(model: Llama, template: Plain, openings: list, heads: MedusaHeads | Non
         "chosen": chosen, "plain_step_ms": round(1000 * plain, 4), "candidates": rows}
     entry = with_temperatures(found | {args.temperature: tuned})
     plain_entries = {t: {"paths": e["paths"], "sampling": {"temperature": t}} for t, e in by_temperature(entry).items()}
-    top = with_temperatures(plain_entries)          # for library users and other devices
-    top = top if name == "cpu" else top | before
-    write_json(path, top | {"modes": before.get("modes", {}) | {name: entry}})
+    modes = before.pop("modes", {})                 # the top is for library users and other devices
+    top = with_temperatures((by_temperature(before) if "sampling" in before else {}) | plain_entries)
+    write_json(path, top | (before if name != "cpu" else {}) | {"modes": modes | {name: entry}})
     if args.json:
         return print(json.dumps({"tree": path, "mode": name, **tuned}))
     print(f"{'nodes':>5}{'depth':>7}{'tokens/step':>13}{'step ms':>10}{'tokens/s':>10}\n"

@@ -78,8 +78,7 @@ class GraphDecoder(Decoder):
         size = config.num_hidden_layers + isinstance(self, LookupDecoder), len(prompts), slots      # it keeps the text
         if self.cache is None or self.cache.shape[:3] != size or self.lent() is not None:
             self.memory, self.cache, self.replays = None, None, {}              # there may be no room for both
-            config = replace(config, num_hidden_layers=size[0])
-            self.cache = new_cache(config, *size[1:], like=self.model.norm.weight)
+            self.cache = new_cache(replace(config, num_hidden_layers=size[0]), *size[1:], like=self.model.norm.weight)
         cache = self.cache.zero_().detach()
         self.lent = weakref.ref(cache)
         return cache

@@ -758,14 +758,15 @@ static void attention(Worker& worker, Engine& e, State& s, const Tree* tree, int
 // Rotate queries and keys by their positions; put keys and values into the cache (the chain) or among the nodes.
 static void rotate_and_store(Worker& worker, Engine& e, State& s, const Tree* tree, const int64* depth, int64 layer) {
     const Model& m = e.model;
-    int64 D = m.head_dim, half = D / 2, units = m.heads + m.kv_heads, n = e.rows * e.T * units;
+    int64 D = m.head_dim, half = D / 2, R = e.rows * e.T, group = m.heads / m.kv_heads, n = R * (m.heads + m.kv_heads);
     float scale = 1 / std::sqrt((float)D), rotated[D];
     for (int64 i = worker.begin(n); i < worker.end(n); i++) {
-        int64 r = i / units, unit = i % units, row = r / e.T, node = r % e.T, g = unit - m.heads;
-        bool is_key = unit >= m.heads;
+        int64 unit = i / R, r = i % R, row = r / e.T, node = r % e.T;
+        int64 g = unit / (group + 1), head = g * group + unit % (group + 1) - 1;
+        bool is_key = unit % (group + 1) == 0;
         int64 position = s.length[row] + depth[node];
         const float *cos = m.cos + position * D, *sin = m.sin + position * D;
-        float* x = is_key ? e.k + r * m.layer[layer].k.width() + g * D : e.q + r * m.layer[layer].q.width() + unit * D;
+        float* x = is_key ? e.k + r * m.layer[layer].k.width() + g * D : e.q + r * m.layer[layer].q.width() + head * D;
         for (int64 d = 0; d < half; d++) {
             rotated[d] = x[d] * cos[d] + x[d + half] * sin[d];                  // this half of sin is negated
             rotated[d + half] = x[d + half] * cos[d + half] + x[d] * sin[d + half];

@@ -321,11 +321,6 @@ class NativeDecoder(Decoder):
         self.sampling_struct = SamplingStruct(*sampling)
         self.ends = c_int64(len(self.eos)), at(self.eos)
 
-    def new_cache(self, prompts: list, max_new_tokens: int) -> Tensor:
-        longest = max(map(len, prompts)) + max_new_tokens
-        slots = min(longest, self.model.config.max_position_embeddings) + len(self.tree.paths)
-        return self.model.new_cache(len(prompts), slots)
-
     def window(self, used: int, cache: Tensor) -> int:
         return used                                                             # the engine reads what there is
 

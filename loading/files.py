@@ -41,7 +41,7 @@ def locate(name_or_path, filename: str, revision=None, required=True, repo_type=
             return None
         raise UserError(f"{folder} has no {filename}: give a folder in Hugging Face layout")
     if folder.exists() or str(name_or_path).startswith((".", "/", "~")) or str(name_or_path).count("/") != 1:
-        raise UserError(f"{name_or_path} is not a folder: give a model folder or a hub id such as Maykeye/TinyLLama-v0")
+        raise UserError(f"{name_or_path} is not a folder: give a folder or a hub id such as Maykeye/TinyLLama-v0")
     return download(str(name_or_path), filename, revision, required, repo_type)
 
 def readable(path: Path) -> Path:

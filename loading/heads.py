@@ -62,6 +62,11 @@ def check_heads_config(config: dict, name_or_path, model_config) -> None:
     counted = lambda v: whole(v) or v is None and (is_whole(config) or "model_type" in config)  # the names tell
     spelled = lambda key: VLLM_KEYS[key] if VLLM_KEYS.get(key) in config and not is_whole(config) else key
     vocab_size = model_config.vocab_size
+    for key in ("hidden_size", "vocab_size"):
+        size = getattr(model_config, key)
+        if config.get(key, size) != size:
+            raise UserError(f"{name_or_path}: the heads expect {key} {config[key]}, the model has {size}: "
+                            "train heads for this model or pass --heads none")
     for key, fits, expected in (
             ("medusa_num_heads", counted, "a whole number"), ("medusa_num_layers", counted, "a whole number"),
             ("tie_lm_head", lambda v: v in (None, True, False), "true or false"),
@@ -73,11 +78,6 @@ def check_heads_config(config: dict, name_or_path, model_config) -> None:
         if not fits(config.get(key)):
             raise UserError(f"{name_or_path}: not Medusa heads, config.json has {spelled(key)} {config.get(key)!r}, "
                             f"expected {expected}")
-    for key in ("hidden_size", "vocab_size"):
-        size = getattr(model_config, key)
-        if config.get(key, size) != size:
-            raise UserError(f"{name_or_path}: the heads expect {key} {config[key]}, the model has {size}: "
-                            "train heads for this model or pass --heads none")
 
 def head_files(name_or_path, config: dict, revision=None) -> list[Path]:
     """Where heads are kept: ours, the official ones beside a config (v0.1), or inside a whole model's files (v1.0)."""

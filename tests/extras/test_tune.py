@@ -174,6 +174,11 @@ def test_a_tree_for_each_temperature(tiny_folder, tmp_path, cli, monkeypatch):
         found = Tree.from_pretrained(tiny_folder / "medusa", tiny_heads(tiny_llama(), 3), temperature)
         assert sorted(found.paths[1:]) == sorted(map(tuple, trees[nearest]))
     assert tune(0.7)["modes"]["cpu"]["temperatures"].keys() == {"0.7", "1.5"}
+    of_training = {"paths": [[0]], "sampling": {"temperature": 0.0}, "temperatures": {
+        "0.9": {"paths": [[0], [1]], "sampling": {"temperature": 0.9}}}}
+    write_json(tree, of_training)
+    kept = tune(0)
+    assert kept["paths"] == kept["modes"]["cpu"]["paths"] and kept["temperatures"] == of_training["temperatures"]
     for damaged in ([], {"x": {}}, {"0.7": 3}, None):
         tree.write_text(json.dumps(written | {"modes": {}, "temperatures": damaged}))
         status, _, err = cli("generate", "--model", tiny_folder)

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -284,6 +285,7 @@ CASES = {
     "no id map": (lambda f: edit(f / "medusa/config.json", draft_vocab_size=9), [], ["missing: token_map"]),
     "id map": (wrong_map, [], ["token_map must hold different ids below 300"]),
     "tune without heads": (None, ["--heads", "none", "--tune", "{folder}/o.txt"], ["--tune needs heads"]),
+    "compare without heads": (lambda f: shutil.rmtree(f / "medusa"), ["--compare"], ["--compare needs heads: give --"]),
     "tune typically": (None, ["--tune", "{folder}/o.txt", "--acceptance", "typical"],
                        ["--tune forecasts acceptance by match"]),
     "epsilon": (None, ["--epsilon", "0"], ["--epsilon: '0' is not a number from 1e-09 to 1"]),
@@ -292,6 +294,8 @@ CASES = {
     "heads of another width": (lambda f: write_json(f / "medusa/config.json", {
         "medusa_num_heads": 3, "medusa_num_layers": 1, "hidden_size": 4096}), [],
         ["heads expect hidden_size 4096, the model has 32", "train heads for this model or pass --heads none"]),
+    "a draft vocabulary of another model": (lambda f: edit(f / "medusa/config.json", vocab_size=301,
+        draft_vocab_size=301), [], ["heads expect vocab_size 301, the model has 300"]),
     "heads short of a tensor": (tensors(lambda t: t.pop("0.0.linear.bias"), "medusa/model.safetensors"), [],
                                 ["missing: 0.0.linear.bias"]),
     "a model as heads": (None, ["--heads", "{folder}"], ["not Medusa heads"]),
@@ -458,7 +462,7 @@ def test_a_base_that_is_no_name(tmp_path):
     (["--openings", "none.txt", "--out", "a.bin"], "can't read none.txt"),
     (["--text", "latin.txt", "--out", "a.bin"], "latin.txt is not UTF-8 text"),
     (["--text", "empty.txt", "--out", "a.bin"], "a.bin: nothing to write"),
-    (["--openings", "empty.txt", "--out", "a.bin"], "the source holds nothing to continue"),
+    (["--openings", "empty.txt", "--out", "a.bin"], "empty.txt holds nothing to continue: add an opening or question"),
     (["--out", "a.bin"], "one of the arguments --text --tinystories --sharegpt --openings is required"),
     (["--text", "fine.txt", "--out", "a.bin", "--limit", "0"], "--limit: '0' is not a whole number of at least 1"),
     (["--text", "fine.txt", "--out", "a.bin", "--device", "warp"], "--device: 'warp' can't be used here"),
@@ -595,7 +599,7 @@ def test_the_hub_code(monkeypatch, tmp_path):
         files.locate("some/model", "tokenizer.json")
     with pytest.raises(UserError, match="on the hub has no model.safetensors.index.json"):
         files.locate("some/model", "model.safetensors.index.json")
-    with pytest.raises(UserError, match="not a folder: give a model folder or a hub id"):
+    with pytest.raises(UserError, match="not a folder: give a folder or a hub id"):
         files.locate("nowhere", "config.json")
     args = prepare_data.arguments(["--tinystories", "--split", "validation", "--out", "a.bin"])
     (tmp_path / "TinyStoriesV2-GPT4-valid.txt").write_text("A dog.\n<|endoftext|>\nA cat.\n")
