@@ -755,7 +755,8 @@ static void attention(Worker& worker, Engine& e, State& s, const Tree* tree, int
     }
 }
 
-// Rotate queries and keys by their positions; put keys and values into the cache (the chain) or among the nodes.
+// Rotate queries and keys by their positions; put keys and values into the cache (the chain) or among the nodes. A unit
+// is a group's key or one of its queries, of all nodes: their keys share cache lines, so one thread writes them.
 static void rotate_and_store(Worker& worker, Engine& e, State& s, const Tree* tree, const int64* depth, int64 layer) {
     const Model& m = e.model;
     int64 D = m.head_dim, half = D / 2, R = e.rows * e.T, group = m.heads / m.kv_heads, n = R * (m.heads + m.kv_heads);
