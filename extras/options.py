@@ -58,7 +58,7 @@ def generate_options(parser: ArgumentParser) -> None:
         "texts fastest here to --tree (default: tree.json beside the heads) and stop")
     add("--tree", metavar="JSON|FILE", help="list of paths of ranks, or an object with 'paths' (default: tree.json in "
         "the heads' folder, else 15 nodes of the published mc_sim_7b_63)")
-    add("--dtype", choices=DTYPES, help="default: float32 on the CPU, else the checkpoint's")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 by PyTorch on a CPU")
     add("--quantize", choices=["int8"], help="weights in 8 bits, a scale for each output")
     add("--device", type=device, default="cpu")
     add("--threads", type=threads, default="auto", help="a number, or auto: measured at start")
@@ -122,7 +122,7 @@ def prepare_options(parser: ArgumentParser) -> None:
     add("--temperature", type=number(float, 0), default=0.0)
     add("--seed", type=SEED, default=0, help="item i of the source draws from seed + i")
     add("--batch-size", type=number(int, 1, 4096), default=128, help="rows written at once")
-    add("--dtype", choices=DTYPES, help="of the model that writes (default: float32 on the CPU, else the checkpoint's)")
+    add("--dtype", choices=DTYPES, help="of the model that writes (default: as in generate.py)")
     add("--device", type=device, default="cpu")
     add("--fast", action="store_true", help="write with the engine of generate.py --fast")
     add("--threads", type=threads, default="auto", help="of that model: a number, or auto: measured at start")
