@@ -251,7 +251,7 @@ class Llama(nn.Module):
         if device.type != "meta":                       # there are only shapes there, nothing to compute with
             self.cos, self.sin = (table.to(device) for table in rotary_table(self.config))  # [positions, D] each
 
-    def new_cache(self, rows: int, slots: int) -> Tensor:
+    def new_cache(self, rows: int, slots: int) -> Tensor:               # [L, B, S, 2, G, D], see `new_cache`
         return new_cache(self.config, rows, slots, like=self.norm.weight)
 
     def forward(self, ids: Tensor, position_ids: Tensor | None = None, view: CacheView | None = None) -> Tensor:
